@@ -1,6 +1,5 @@
 """
 CycleGAN: turn pictures of one kind into pictures of another, learned from two folders without any pairs.
-
 Zhu, Park, Isola, Efros: "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks",
 ICCV 2017, arXiv 1703.10593. In comments, § and Eq. refer to it; "official code" is the authors' PyTorch code.
 
@@ -103,7 +102,6 @@ def get_args(argv=None):
     args.given = [name for name, value in vars(typed).items() if value is not add]
     args.blocks = args.blocks if args.blocks is not None else 9 if args.size >= 256 else 6
     args.load_size = args.load_size or args.size * 286 // 256
-    args.load_size >= args.size or die(f"--load_size {args.load_size} is smaller than --size {args.size}")
     needed = ["checkpoint", "input", "output"] if args.mode == "translate" else ["dataA", "dataB"]
     for name in needed if args.mode == "translate" or not (args.demo or args.resume) else []:
         getattr(args, name) or die(f"--{name} is needed to {args.mode}; see --help, or try --demo")
@@ -113,7 +111,6 @@ def get_args(argv=None):
 # Two folders and no pairs: a step takes one A and one B that have nothing to do with each other. Pictures
 # travel as uint8; on the device they become floats in [-1, 1], the range of the generators' tanh.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
-
 def find_images(top):
     """Sorted names of the pictures in a folder and below, relative to it; none hidden. Exits without any."""
     os.path.isdir(top) or die(f"no folder {top}")
@@ -168,6 +165,7 @@ class UnpairedImages(torch.utils.data.Dataset):
     the same run. Exits on a folder that is missing, without pictures, or given twice."""
     def __init__(self, args, step_pairs=1):
         self.args, self.files, self.names, self.bad = args, [], [], []
+        args.load_size >= args.size or die(f"--load_size {args.load_size} is smaller than --size {args.size}")
         for tops in (args.dataA, args.dataB):
             found = [(top, name) for top in tops for name in find_images(top)]
             # One array of bytes: a list of str is copied into every worker bit by bit, by reference counting.
@@ -199,9 +197,8 @@ class UnpairedImages(torch.utils.data.Dataset):
         die(f"--data{'AB'[domain]}: hardly a picture there can be read")
 
 def quiet_worker(_):
-    """Ctrl-C is for the main process, which still needs a batch to finish its step and save."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    """Signals are for the main process: it needs a last batch to finish its step, then it ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def make_loader(data, steps, runtime):
     """Batches (real_A, real_B), (N, 3, size, size) uint8, for a range of steps; to each process its share."""
@@ -412,7 +409,6 @@ def train_step(model, pools, runtime, real_A, real_B):
     with runtime.autocast():
         loss, g_terms, fake_A, fake_B = model.generator_loss(real_A, real_B)
     runtime.update("G", loss)
-
     model.D.requires_grad_(True)            # the fakes are detached, so the generators stay put
     fake_A, fake_B = pools["A"].query(fake_A), pools["B"].query(fake_B)
     with runtime.autocast():
@@ -441,6 +437,7 @@ class Runtime:
                 self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
         amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if cuda else "off"
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+        self.to_float = lambda x: x.to(self.device, non_blocking=True).float() / 127.5 - 1  # to [-1, 1]
         self.autocast = lambda: torch.autocast(self.device.type, self.dtype, enabled=amp != "off")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")     # else it does nothing
         if self.world > 1 and not dist.is_initialized():
@@ -472,10 +469,6 @@ class Runtime:
             dist.all_reduce(flat)
             nn.utils.vector_to_parameters(flat / self.world, tensors)
 
-    def to_float(self, pictures):
-        """uint8 -> float32 in [-1, 1], on the device."""
-        return pictures.to(self.device, non_blocking=True).float() / 127.5 - 1
-
 # ---- 9. Outputs --------------------------------------------------------------------------------------------
 # log.csv: section 6 says what is healthy. samples/: look at rows 2 and 5, the translations, then whether 3
 # and 6 lead back to 1 and 4. latest.pt: all it takes to go on. generators.pt: what to keep and to share.
@@ -493,7 +486,6 @@ def save(path, write, thing, **options):
         die(f"cannot write {path} ({error}); what was there before is untouched")
 
 save_png = functools.partial(save_image, format="png", normalize=True, value_range=(-1, 1))
-
 @torch.no_grad()
 def save_samples(path, model, runtime, real_A, real_B):
     """A grid, a column a picture; rows: real A, fake B, back to A, real B, fake A, back to B."""
@@ -550,10 +542,8 @@ def load_checkpoint(path):
     try:
         path = os.path.join(path, "latest.pt") if os.path.isdir(path) else path
         return dict(torch.load(path, map_location="cpu", weights_only=True))    # no code, only values
-    except OSError as error:
-        die(f"cannot read {path}: {error.strerror or error}")
-    except Exception:
-        die(f"{path} is not a checkpoint, or only part of one")
+    except Exception as error:
+        die(f"{path} cannot be read: no checkpoint, or only a part of one ({type(error).__name__})")
 
 # ---- 10. Train ---------------------------------------------------------------------------------------------
 # The loop and what surrounds it: a batch, a rate, a step; now and then a row, a grid, a checkpoint.
@@ -598,7 +588,7 @@ def train(args):
     if saved:
         saved["names"] == data.names or die(f"--dataA, --dataB: not the pictures of {out}")
         for name, part in parts.items():
-            part.load_state_dict(saved[name])
+            saved[name] and part.load_state_dict(saved[name])       # empty: a scaler that was off
         log.rows, first = saved["rows"], saved["pairs"] // step_pairs       # the batch may be another now
         mine = saved["ranks"][runtime.rank % len(saved["ranks"])]
         torch.set_rng_state(mine["rng"])
@@ -627,11 +617,8 @@ def train(args):
             save(f"{out}/generators.pt", torch.save, {"args": flags, "generators": model.G.state_dict()})
 
     signals = []
-    def stop(number, _):
-        signals.append(number)
-        signal.signal(number, signal.SIG_DFL)                   # a second Ctrl-C ends at once
-    signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
-
+    for number in (signal.SIGINT, signal.SIGTERM):              # one ends the step and saves, two end at once
+        signal.signal(number, lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL))
     fixed_A, fixed_B = (runtime.to_float(torch.stack([data.deal(domain, 0, i, augment=False) for i in range(
         min(6, *map(len, data.files)))])) for domain in (0, 1))
     saved or checkpoint(0)                                      # a disk that cannot be written to shows now
@@ -644,7 +631,6 @@ def train(args):
         for optimizer in runtime.optimizers.values():
             optimizer.param_groups[0].update(lr=rate, betas=(args.beta1, 0.999))
         terms = train_step(model, pools, runtime, runtime.to_float(real_A), runtime.to_float(real_B))
-
         step += 1                                               # from here on: steps done
         log.add(step, terms, waited)
         runtime.average([stopping := torch.tensor(float(len(signals)))])    # on the CPU: no wait for a GPU
@@ -741,14 +727,13 @@ def translate(args):
     if runtime.rank == 0:
         print(f"translated {len(jobs) - failed:.0f} of {len(jobs)} pictures into {args.output}")
     if runtime.rank == 0 and pictures:
-        print(f"mean absolute error {off / n:.3f} (of the input: {before / n:.3f}), PSNR {psnr / pictures:.1f} dB;"
-              f"\nwhere input and truth differ: {hair / n_hair:.3f}, {hair / before:.1%} of the input's; elsewhere: "
-              f"{(off - hair) / (n - n_hair):.3f} (range -1 to 1, {pictures:.0f} pictures)", flush=True)
+        print(f"mean absolute error {off / n:.3f}, the input's {before / n:.3f}; PSNR {psnr / pictures:.1f} dB\n"
+              f"where input and truth differ {hair / (n_hair or 1):.3f}, {hair / (before or 1):.1%} of the input's; "
+              f"elsewhere {(off - hair) / (n - n_hair or 1):.3f} ({pictures:.0f} pictures)", flush=True)
     return failed
 
-DEMO = ("--dataA files/toy/black --dataB files/toy/blond --out_dir runs/demo --size 64 --load_size 68 "
-        "--generator unet --upsample nearest --ngf 24 --ndf 32 --batch_size 2 --epochs 6 --epochs_decay 6")
-
+DEMO = ("--dataA files/toy/black --dataB files/toy/blond --out_dir runs/demo --size 64 --load_size 68 --amp off "
+        "--generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 12")
 def demo(_):
     """Draw toy faces, then run the plain commands it prints; flags typed beside --demo go to the training."""
     from prepare_celeba import toy_faces
@@ -771,8 +756,8 @@ def main(argv=None):
         return bool((demo if args.demo else translate if args.mode == "translate" else train)(args))
     except torch.OutOfMemoryError:
         die("out of memory: a smaller --size, --batch_size or --ngf needs less")
-    except ImportError as error:                                # prepare_celeba.py for --demo, --tensorboard
-        die(f"{error}: it has to be installed, or beside cyclegan.py")
+    except (ImportError, OSError) as error:                     # of prepare_celeba, tensorboard; for log.csv
+        die(error)
 
 if __name__ == "__main__":
     sys.exit(main())
