@@ -35,7 +35,7 @@ from PIL import Image, ImageCms, ImageOps
 from torch import nn
 from torchvision.utils import save_image
 
-warn = functools.partial(print, file=sys.stderr, flush=True)
+warn = lambda *words: print(*words, file=sys.stderr, flush=True)
 
 def die(message):
     """Bad input ends here: one line that names the file or flag and says what to do, exit status 2."""
@@ -105,6 +105,7 @@ def get_args(argv=None):
     needed = ["checkpoint", "input", "output"] if args.mode == "translate" else ["dataA", "dataB"]
     for name in needed if args.mode == "translate" or not (args.demo or args.resume) else []:
         getattr(args, name) or die(f"--{name} is needed to {args.mode}; see --help, or try --demo")
+    args.epochs + args.epochs_decay or die("--epochs and --epochs_decay are both 0")
     return args
 
 # ---- 2. Data -----------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def read_image(path, side=None):
             image.draft(None, (side, side) if side else image.size)     # JPEG at 1/2, 1/4, 1/8: much faster
             image = ImageOps.exif_transpose(image)              # phones store how to turn, not the turned
         if image.mode.startswith("I"):                          # 16-bit grey: convert() clips it to white
-            image = Image.fromarray((np.asarray(image) / 257).clip(0, 255).round().astype(np.uint8))
+            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
         if image.mode == "LAB":
             profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
             image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
@@ -194,10 +195,10 @@ class UnpairedImages(torch.utils.data.Dataset):
                 self.bad[domain][k] or warn(f"{error}; another takes its place")        # once
                 self.bad[domain][k] = True
                 k = rng.integers(len(files))
-        die(f"--data{'AB'[domain]}: hardly a picture there can be read")
+        raise OSError(f"--data{'AB'[domain]}: hardly a picture there can be read")
 
 def quiet_worker(_):
-    """Signals are for the main process: it needs a last batch to finish its step, then it ends its workers."""
+    """Signals are for the main process: it needs a batch to finish its step, and then ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def make_loader(data, steps, runtime):
@@ -428,9 +429,9 @@ class Runtime:
         kind = args.device if args.device != "auto" else best.type if best else "cpu"
         try:
             self.device = torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind)
-            torch.zeros(1, device=self.device)
-        except (RuntimeError, AssertionError) as error:
-            die(f"--device {kind} is not to be had here ({str(error).splitlines()[0]}); --device cpu is")
+            torch.zeros(1, device=self.device).item()           # "meta" has no values
+        except Exception as error:
+            die(f"--device {kind} is not to be had here ({str(error)[:100]}); --device cpu is")
         cuda = self.device.type == "cuda"
         cuda and torch.cuda.set_device(self.device)
         bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda else    # emulated on a T4
@@ -443,7 +444,6 @@ class Runtime:
         if self.world > 1 and not dist.is_initialized():
             backend, device = ("cpu:gloo,cuda:nccl", self.device) if cuda else ("gloo", None)
             dist.init_process_group(backend, device_id=device)
-
     def prepare(self, model, args, steps):
         """Move the networks here, give them optimizers, and compile them if `steps` steps are worth it."""
         adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
@@ -452,7 +452,6 @@ class Runtime:
         if args.compile == "on" or args.compile == "auto" and self.device.type == "cuda" and steps >= 2000:
             for network in (*model.G.values(), *model.D.values()):
                 network.compile()                               # in place: state_dict keeps its names
-
     def update(self, name, loss):
         """Back-propagate `loss` and step the optimizer of "G" or "D". The only place that does either."""
         optimizer = self.optimizers[name]
@@ -461,7 +460,6 @@ class Runtime:
         self.average([p.grad for p in optimizer.param_groups[0]["params"]])
         self.scaler.step(optimizer)                             # after averaging: one overflow is everyone's
         self.scaler.update()
-
     def average(self, tensors):
         """Mean over all processes, in place: one all-reduce of one flat buffer."""
         if self.world > 1:
@@ -504,7 +502,6 @@ class Log:
         if args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(args.out_dir)
-
     def add(self, step, terms, waited):
         """Count a step's terms, without making the device wait, and the seconds it waited for data."""
         self.sums = {name: self.sums.get(name, 0) + term.detach().float() for name, term in terms.items()}
@@ -512,7 +509,6 @@ class Log:
         if self.runtime.rank == 0 and sys.stdout.isatty():
             speed = self.steps / (time.time() - self.start)
             print(f"\r\033[K{step}/{self.total}  {speed:.2f} steps/s", end="\r", flush=True)
-
     def row(self, step, rate):
         """Write the row that ends with `step`, means over processes. Exits if one is not finite."""
         means = torch.stack(list(self.sums.values())) / self.steps
@@ -538,10 +534,10 @@ class Log:
         self.written, self.sums, self.start, self.steps, self.waited = len(self.rows), {}, time.time(), 0, 0.0
 
 def load_checkpoint(path):
-    """A checkpoint, or the latest.pt in a run's folder, as a dict on the CPU. Exits on anything else."""
+    """A checkpoint, or the latest.pt in a run's folder, as a dict of plain values and tensors on the CPU."""
     try:
         path = os.path.join(path, "latest.pt") if os.path.isdir(path) else path
-        return dict(torch.load(path, map_location="cpu", weights_only=True))    # no code, only values
+        return {str(k): v for k, v in torch.load(path, map_location="cpu", weights_only=True).items()}
     except Exception as error:
         die(f"{path} cannot be read: no checkpoint, or only a part of one ({type(error).__name__})")
 
@@ -600,7 +596,6 @@ def train(args):
             return say(f"{out} is finished, {first} steps; for more, raise --epochs or --max_steps")
     say(f"{out}: {len(data.files[0])} A, {len(data.files[1])} B, {data.epoch_steps} steps an epoch, "
         f"{total - first} to go; {runtime.world} x {runtime.device}, {runtime.dtype}, batch {step_pairs}")
-
     def checkpoint(step):
         for name, weight in model.named_parameters():
             weight.isfinite().all() or die(f"step {step}: {name} not finite; the last checkpoint is kept")
@@ -614,8 +609,7 @@ def train(args):
                 "args": flags, "step": step, "epoch": step // data.epoch_steps, "pairs": step * step_pairs,
                 "names": data.names, "rows": log.rows, "ranks": ranks}
             save(f"{out}/latest.pt", torch.save, state)
-            save(f"{out}/generators.pt", torch.save, {"args": flags, "generators": model.G.state_dict()})
-
+            save(f"{out}/generators.pt", torch.save, dict(args=flags, model=model.G.state_dict(prefix="G.")))
     signals = []
     for number in (signal.SIGINT, signal.SIGTERM):              # one ends the step and saves, two end at once
         signal.signal(number, lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL))
@@ -653,13 +647,14 @@ def load_generator(path, direction):
     """-> one generator, of a run's generators.pt or bare from other CycleGAN code, and its flags (a dict).
     Layers have other names there, but the convolutions and their order are the same: it loads by order."""
     state = load_checkpoint(path)
-    flags, prefix = state.get("args"), direction.replace("to", "") if "generators" in state else ""
-    weights = {name: value for name, value in state.get("generators", state).items()
-               if name.startswith(prefix) and name.endswith((".weight", ".bias"))}      # no running_mean etc.
+    flags, state = (state["args"], state["model"]) if {"args", "model"} <= {*state} else ({}, state)
+    prefix = f"G.{direction[0] + direction[-1]}." if flags else ""
+    weights = {k: v for k, v in state.items() if torch.is_tensor(v) and k.startswith(prefix)
+               and not k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    convs = [value.shape for value in weights.values() if value.ndim == 4]
+    if len(convs) < 6 or convs[0][1] != 3:
+        die(f"{path} is neither a generators.pt nor the state_dict of a CycleGAN generator")
     if not flags:
-        convs = [value.shape for value in weights.values() if value.ndim == 4]
-        if len(convs) < 6 or convs[0][1] != 3:
-            die(f"{path} is neither a generators.pt nor the state_dict of a CycleGAN generator")
         unet, deconv = convs[0][2] == 4, convs[-3][0] > convs[-3][1]
         flags = {"generator": "unet" if unet else "resnet", "size": 2 ** (len(convs) // 2) if unet else 256,
                  "upsample": "deconv" if unet or deconv else "nearest", "ngf": convs[0][0],
@@ -681,38 +676,39 @@ def translate_any(G, x):
 
 def plan(args):
     """-> {target: source} for all of --input: the same tree, the same names, as yet without .png."""
-    jobs = {}
+    jobs, taken, ends = {}, set(), ["", "_back"] if args.round_trip else [""]
     for top in args.input:
         folder = os.path.isdir(top)
         folder or os.path.exists(top) or die(f"--input: no file or folder {top}")
         for name in find_images(top) if folder else [os.path.basename(top)]:
             target, spare = (os.path.join(args.output, path) for path in (os.path.splitext(name)[0], name))
-            while target in jobs or args.round_trip and f"{target}_back" in jobs:
+            while taken & {target + end for end in ends}:
                 target, spare = spare, spare + "_"              # a.jpg and a.png: a.png and a.png.png
+            taken |= {target + end for end in ends}
             jobs[target] = os.path.join(top, name) if folder else top
-    lost = {os.path.realpath(target + ".png") for target in jobs} & {*map(os.path.realpath, jobs.values())}
+    lost = {os.path.realpath(target + ".png") for target in taken} & {*map(os.path.realpath, jobs.values())}
     lost and die(f"--output {args.output}: {min(lost)} would be overwritten; choose another folder")
     return jobs
 
 @torch.no_grad()
 def translate(args):
     """Translate all of --input into --output; returns how many could not be."""
-    runtime, jobs = Runtime(args), plan(args)
+    runtime, jobs, other = Runtime(args), plan(args), "BtoA" if args.direction == "AtoB" else "AtoB"
     there, flags = load_generator(args.checkpoint, args.direction)
-    if args.round_trip:
-        back, _ = load_generator(args.checkpoint, "BtoA" if args.direction == "AtoB" else "AtoB")
+    back = load_generator(args.checkpoint, other)[0].to(runtime.device) if args.round_trip else None
     there, args = there.to(runtime.device), under(args, flags)
     load = lambda path: runtime.to_float(fit(read_image(path), args))[None]
     truths = {os.path.join(args.output, os.path.splitext(name)[0]): os.path.join(args.truth, name)
               for name in (find_images(args.truth) if args.truth else [])}
-    failed, sums = 0, torch.zeros(8)
+    not args.truth or truths.keys() & jobs.keys() or die(f"--truth {args.truth}: no names of --input there")
+    sums = torch.zeros(8)
     for target, path in list(jobs.items())[runtime.rank::runtime.world]:
         try:
             x = load(path)
             y = translate_any(there, x)
             save(f"{target}.png", save_png, y)
             if args.round_trip:
-                save(f"{target}_back.png", save_png, translate_any(back.to(runtime.device), y))
+                save(f"{target}_back.png", save_png, translate_any(back, y))
             if target in truths:
                 truth = load(truths[target])
                 differ, off = (x != truth).any(1), (y - truth).abs().mean(1)
@@ -727,19 +723,20 @@ def translate(args):
     if runtime.rank == 0:
         print(f"translated {len(jobs) - failed:.0f} of {len(jobs)} pictures into {args.output}")
     if runtime.rank == 0 and pictures:
-        print(f"mean absolute error {off / n:.3f}, the input's {before / n:.3f}; PSNR {psnr / pictures:.1f} dB\n"
-              f"where input and truth differ {hair / (n_hair or 1):.3f}, {hair / (before or 1):.1%} of the input's; "
-              f"elsewhere {(off - hair) / (n - n_hair or 1):.3f} ({pictures:.0f} pictures)", flush=True)
+        print(f"{pictures:.0f} compared: mean absolute error {off / n:.3f}, PSNR {psnr / pictures:.1f} dB; where "
+              f"input and truth differ {hair / (n_hair or 1):.3f}, {hair / (before or 1):.1%} of the input's; "
+              f"elsewhere {(off - hair) / (n - n_hair or 1):.3f}", flush=True)
     return failed
 
-DEMO = ("--dataA files/toy/black --dataB files/toy/blond --out_dir runs/demo --size 64 --load_size 68 --amp off "
-        "--generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 12")
+DEMO = ("--dataA files/toy/black --dataB files/toy/blond --out_dir runs/demo --size 64 --load_size 68 "
+        "--generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 6 --epochs_decay 9 --amp off")
+
 def demo(_):
     """Draw toy faces, then run the plain commands it prints; flags typed beside --demo go to the training."""
     from prepare_celeba import toy_faces
     toy_faces("files/toy", 400, 50)
-    commands = ["--resume runs/demo" if os.path.exists("runs/demo/latest.pt") else DEMO]
-    commands[0] = " ".join([commands[0]] + [flag for flag in sys.argv[1:] if flag != "--demo"])
+    start = "--resume runs/demo" if os.path.exists("runs/demo/latest.pt") else DEMO
+    commands = [" ".join([start, *(flag for flag in sys.argv[1:] if flag != "--demo")])]
     for direction, a, b in (("AtoB", "black", "blond"), ("BtoA", "blond", "black")):
         commands.append(f"--mode translate --checkpoint runs/demo/generators.pt --direction {direction} "
                         f"--input files/toy/{a}_test --truth files/toy/{b}_test --output runs/demo/{b}")
@@ -756,8 +753,8 @@ def main(argv=None):
         return bool((demo if args.demo else translate if args.mode == "translate" else train)(args))
     except torch.OutOfMemoryError:
         die("out of memory: a smaller --size, --batch_size or --ngf needs less")
-    except (ImportError, OSError) as error:                     # of prepare_celeba, tensorboard; for log.csv
-        die(error)
+    except (ImportError, OSError) as error:                     # no tensorboard, no space for log.csv, ...
+        die(str(error).splitlines()[-1])
 
 if __name__ == "__main__":
     sys.exit(main())
