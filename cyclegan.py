@@ -198,8 +198,8 @@ class UnpairedImages(torch.utils.data.Dataset):
         raise OSError(f"--data{'AB'[domain]}: hardly a picture there can be read")
 
 def quiet_worker(_):
-    """Signals are for the main process: it needs a batch to finish its step, and then ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Signals are for the main process, which needs a batch to finish its step: it gets 20 s for that."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 def make_loader(data, steps, runtime):
     """Batches (real_A, real_B), (N, 3, size, size) uint8, for a range of steps; to each process its share."""
@@ -465,7 +465,7 @@ class Runtime:
         if self.world > 1:
             flat = nn.utils.parameters_to_vector(tensors)
             dist.all_reduce(flat)
-            nn.utils.vector_to_parameters(flat / self.world, tensors)
+            nn.utils.vector_to_parameters(flat.div_(self.world), tensors)
 
 # ---- 9. Outputs --------------------------------------------------------------------------------------------
 # log.csv: section 6 says what is healthy. samples/: look at rows 2 and 5, the translations, then whether 3
@@ -556,7 +556,7 @@ def resume_flags(args):
     """-> flags and checkpoint of the run that --resume names."""
     saved = load_checkpoint(args.resume)
     "ranks" in saved or die(f"{args.resume} is not a run's latest.pt (generators.pt is for --mode translate)")
-    for name in {"generator", "blocks", "ngf", "ndf", "upsample", "size", "seed"} & {*args.given}:
+    for name in {"generator", "blocks", "ngf", "ndf", "upsample", "size", "seed", "out_dir"} & {*args.given}:
         old, new = saved["args"][name], getattr(args, name)
         old == new or die(f"--{name} {new}: the run has {old}, and that cannot change on the way")
     folder = args.resume if os.path.isdir(args.resume) else os.path.dirname(os.path.abspath(args.resume))
@@ -608,11 +608,11 @@ def train(args):
             state = {name: part.state_dict() for name, part in parts.items()} | {
                 "args": flags, "step": step, "epoch": step // data.epoch_steps, "pairs": step * step_pairs,
                 "names": data.names, "rows": log.rows, "ranks": ranks}
-            save(f"{out}/latest.pt", torch.save, state)
             save(f"{out}/generators.pt", torch.save, dict(args=flags, model=model.G.state_dict(prefix="G.")))
+            save(f"{out}/latest.pt", torch.save, state)
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):              # one ends the step and saves, two end at once
-        signal.signal(number, lambda n, _: signals.append(n) or signal.signal(n, signal.SIG_DFL))
+    for number in (signal.SIGINT, signal.SIGTERM):              # a second Ctrl-C ends at once
+        signal.signal(number, lambda n, _: signals.append(n) or n == 2 and signal.signal(n, signal.SIG_DFL))
     fixed_A, fixed_B = (runtime.to_float(torch.stack([data.deal(domain, 0, i, augment=False) for i in range(
         min(6, *map(len, data.files)))])) for domain in (0, 1))
     saved or checkpoint(0)                                      # a disk that cannot be written to shows now
@@ -723,13 +723,13 @@ def translate(args):
     if runtime.rank == 0:
         print(f"translated {len(jobs) - failed:.0f} of {len(jobs)} pictures into {args.output}")
     if runtime.rank == 0 and pictures:
-        print(f"{pictures:.0f} compared: mean absolute error {off / n:.3f}, PSNR {psnr / pictures:.1f} dB; where "
-              f"input and truth differ {hair / (n_hair or 1):.3f}, {hair / (before or 1):.1%} of the input's; "
+        print(f"{pictures:.0f} compared: absolute error {off / n:.3f}, PSNR {psnr / pictures:.1f} dB; where "
+              f"input and truth differ {hair / (n_hair or 1):.3f}, {hair / (before or 1):.1%} of input's; "
               f"elsewhere {(off - hair) / (n - n_hair or 1):.3f}", flush=True)
     return failed
 
 DEMO = ("--dataA files/toy/black --dataB files/toy/blond --out_dir runs/demo --size 64 --load_size 68 "
-        "--generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 6 --epochs_decay 9 --amp off")
+        "--generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 5 --epochs_decay 7 --amp off")
 
 def demo(_):
     """Draw toy faces, then run the plain commands it prints; flags typed beside --demo go to the training."""
