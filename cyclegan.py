@@ -729,7 +729,7 @@ def translate(args):
     return failed
 
 DEMO = ("--dataA files/toy/black --dataB files/toy/blond --out_dir runs/demo --size 64 --load_size 68 "
-        "--generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 5 --epochs_decay 7 --amp off")
+        "--generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 6 --epochs_decay 9 --amp off")
 
 def demo(_):
     """Draw toy faces, then run the plain commands it prints; flags typed beside --demo go to the training."""
