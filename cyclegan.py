@@ -11,7 +11,7 @@ with which B. What ties a translation to its source is the way back, which must 
 
   python cyclegan.py --demo                                     no data, no GPU, a few minutes: see it work
   python cyclegan.py --dataA files/black --dataB files/blond    train; writes runs/black2blond
-  python cyclegan.py --resume runs/black2blond                  go on where it stopped, exactly
+  python cyclegan.py --resume runs/black2blond                  go on where it stopped (on a CPU: bit for bit)
   python cyclegan.py --mode translate --checkpoint runs/black2blond/generators.pt --input photos --output out
   torchrun --standalone --nproc_per_node=8 cyclegan.py --dataA files/black --dataB files/blond
 
@@ -198,7 +198,7 @@ class UnpairedImages(torch.utils.data.Dataset):
         raise OSError(f"--data{'AB'[domain]}: hardly a picture there can be read")
 
 def quiet_worker(_):
-    """Signals are for the main process, which needs a batch to finish its step: it gets 20 s for that."""
+    """Signals are for the main process; it still needs batches to finish its step, for 20 s at most."""
     signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 def make_loader(data, steps, runtime):
@@ -213,8 +213,8 @@ def make_loader(data, steps, runtime):
 
 # ---- 3. Generators -----------------------------------------------------------------------------------------
 # Picture in, picture out, (N, 3, H, W) in [-1, 1]. All convolutions, so any size goes. Three habits: padding
-# by reflection, for a frame of zeros would show; instance norm, for contrast belongs to a picture and not to
-# the batch; tanh at the end, whose range is the pixels'.
+# by reflection (ResNet, stride 1), for a frame of zeros would show; instance norm, for contrast belongs to a
+# picture and not to the batch; tanh at the end, whose range is the pixels'.
 class InstanceNorm(nn.Module):
     """Each channel of each picture to mean 0 and variance 1, (N, C, H, W) -> same; nothing learned. Not
     nn.InstanceNorm2d: its CPU gradients are wrong for a single picture in channels_last (torch 2.15)."""
@@ -222,7 +222,7 @@ class InstanceNorm(nn.Module):
         return F.group_norm(x, x.shape[1])
 
 def upsample(n_in, n_out, args, kernel=3):
-    """Twice the side: transposed convolution (§7.1); or nearest and convolution, which leave no checkers."""
+    """Twice the side: transposed convolution (§7.2); or nearest and convolution, which leave no checkers."""
     if args.upsample == "nearest":
         return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(n_in, n_out, 3, padding=1))
     return nn.ConvTranspose2d(n_in, n_out, kernel, stride=2, padding=1, output_padding=kernel % 2)
@@ -237,7 +237,7 @@ class ResidualBlock(nn.Sequential):
         return x + super().forward(x)
 
 class ResNetGenerator(nn.Module):
-    """The paper's (§7.1): 11,378,179 parameters with 9 blocks, 7,837,699 with 6. H and W: multiples of 4."""
+    """The paper's (§7.2): 11,378,179 parameters with 9 blocks, 7,837,699 with 6. H and W: multiples of 4."""
     multiple = 4
     def __init__(self, args):
         super().__init__()
@@ -269,7 +269,7 @@ class UNetGenerator(nn.Module):
         self.multiple = 2**levels
         n = [3] + [args.ngf * min(2**k, 8) for k in range(levels)]
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
-        for k in range(levels):                 # no norm outermost; nor innermost, where a pixel may be all
+        for k in range(levels):                 # no norm outermost; nor innermost: on 1x1 it leaves 0
             relu, norm = [nn.LeakyReLU(0.2)] * (k > 0), [InstanceNorm()] * (0 < k < levels - 1)
             self.downs.append(nn.Sequential(*relu, nn.Conv2d(n[k], n[k + 1], 4, 2, 1), *norm))
         for k in reversed(range(levels)):       # fed from below and, but for the innermost, from across
@@ -293,7 +293,7 @@ GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 # layout to the cycle; it has few parameters, takes any size, gives hundreds of opinions to learn from. Back
 # from one score, by side = (side - 1) * stride + 4, the patch grows 1 -> 4 -> 7 -> 16 -> 34 -> 70.
 class PatchDiscriminator(nn.Sequential):
-    """70x70 PatchGAN (§7.1), 2,764,737 parameters. Raw scores: the losses know what to make of them."""
+    """70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores: the losses know what to make of them."""
     def __init__(self, args):
         n = args.ndf
         super().__init__(                                                           # (N,   3, H,     W)
@@ -318,7 +318,7 @@ class ImagePool:
         self.size, self.images = size, []
 
     def query(self, fakes):
-        """(N, 3, H, W), detached -> same: each fake or, once full, half the time an old one it replaces."""
+        """(N, 3, H, W), detached -> same. Once full, each fake is swapped for a stored one half the time."""
         shown = list(fakes)
         for i, fake in enumerate(fakes if self.size else []):
             if len(self.images) < self.size:
@@ -330,13 +330,13 @@ class ImagePool:
 
 # ---- 6. Objective ------------------------------------------------------------------------------------------
 # Three wishes for a generator. Adversarial (Eq. 1): the result passes for the other domain; but any picture
-# of that domain would. Cycle (Eq. 2): one can find back, so the result keeps what the source shows; but what
-# is swapped on the way there can be swapped back. Identity (§5.2): what already is a B is left as it is.
-#   Healthy: D(real) and D(fake) stay apart but near 0.5, D_A and D_B are 0.1 to 0.25 (0.25 is guessing), adv
-# 0.3 to 0.6, and the cycle terms fall for a long time. Dead: D_A or D_B at 0 and adv at 1, for good. Copying:
-# cycle and idt near 0 early on, and D near 0 too, as the fakes of A are still A's.
+# of that domain would do. Cycle (Eq. 2): the way back finds the source, so the result keeps what it shows;
+# but colours that the way back swaps back are free. Identity (§5.2): a B is left as it is, and so are tints.
+#   Healthy (lsgan): D(real) and D(fake) stay apart but near 0.5; D_A, D_B are 0.1 to 0.25 (0.25: guessing),
+# adv 0.3 to 0.6; cycle and idt fall for a long time. Dead: D_A or D_B at 0 and adv at 1, for good. Copying:
+# cycle and idt near 0 early on, D_A and D_B too, as a fake_B that is still its real_A is easy to tell.
 def lsgan(scores, target):
-    """Least squares (§4, Mao et al. 2017): a fake that D is sure of still gets a gradient, a strong one."""
+    """Least squares (§4, Mao et al. 2017): no score saturates; the farther off, the stronger the gradient."""
     return F.mse_loss(scores, torch.full_like(scores, target))
 
 def bce(scores, target):
@@ -355,9 +355,9 @@ def ghm(scores, target, bins=10):
     bin_of = ((scores.detach().sigmoid() - target).abs() * bins).long().clamp(max=bins - 1)
     in_bin = F.one_hot(bin_of.flatten(), bins).to(entropy.dtype)                # (patches, bins)
     count = in_bin.sum(0)
-    return (entropy.flatten() @ in_bin / count.clamp(min=1)).sum() / (count > 0).sum()
+    return ((entropy.flatten()[:, None] * in_bin).sum(0) / count.clamp(min=1)).sum() / (count > 0).sum()
 
-#  for D, for G: focal and GHM-C weigh D's patches, their generators get the plain cross-entropy
+# Name: (loss of D, loss of G). Focal and GHM-C weigh D's patches; their generators get plain cross-entropy.
 GAN_LOSSES = {"lsgan": (lsgan, lsgan), "bce": (bce, bce), "focal": (focal, bce), "ghm": (ghm, bce)}
 
 class CycleGAN(nn.Module):
@@ -469,7 +469,7 @@ class Runtime:
 
 # ---- 9. Outputs --------------------------------------------------------------------------------------------
 # log.csv: section 6 says what is healthy. samples/: look at rows 2 and 5, the translations, then whether 3
-# and 6 lead back to 1 and 4. latest.pt: all it takes to go on. generators.pt: what to keep and to share.
+# and 6 lead back to 1 and 4. latest.pt: networks, optimizers, scaler, pools, RNG, log. generators.pt: share.
 def save(path, write, thing, **options):
     """write(thing, file), under another name until complete: a crash or a full disk leaves what was there."""
     try:
@@ -499,7 +499,7 @@ class Log:
         self.args, self.runtime, self.total, self.epoch_steps = args, runtime, total, epoch_steps
         self.rows, self.written, self.sums = [], 0, {}          # lines of log.csv; written by this process
         self.start, self.steps, self.waited = time.time(), 0, 0.0
-        if args.tensorboard:
+        if args.tensorboard and runtime.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(args.out_dir)
     def add(self, step, terms, waited):
@@ -517,7 +517,7 @@ class Log:
         if bad := [name for name, value in means.items() if not np.isfinite(value)]:
             die(f"step {step}: {', '.join(bad)} not finite; stopped. The last checkpoint is kept: --resume "
                 "it with a lower --lr or with --amp off")
-        speed = self.steps * self.args.batch_size * self.runtime.world / seconds
+        speed = 2 * self.steps * self.args.batch_size * self.runtime.world / seconds      # A and B
         row = {"step": step, "epoch": step / self.epoch_steps, "rate": rate, **means,
                "images_per_s": round(speed, 2), "waiting": round(self.waited / seconds, 4)}
         self.rows += [",".join(row) + "\n"] * (not self.rows) + [",".join(map(str, row.values())) + "\n"]
@@ -599,7 +599,7 @@ def train(args):
     def checkpoint(step):
         for name, weight in model.named_parameters():
             weight.isfinite().all() or die(f"step {step}: {name} not finite; the last checkpoint is kept")
-        mine = {"A": pools["A"].images, "B": pools["B"].images, "rng": torch.get_rng_state()}
+        mine = {k: [x.cpu() for x in p.images] for k, p in pools.items()} | {"rng": torch.get_rng_state()}
         ranks = [mine] * runtime.world
         if runtime.world > 1:
             dist.gather_object(mine, ranks if runtime.rank == 0 else None)
@@ -696,12 +696,12 @@ def translate(args):
     runtime, jobs, other = Runtime(args), plan(args), "BtoA" if args.direction == "AtoB" else "AtoB"
     there, flags = load_generator(args.checkpoint, args.direction)
     back = load_generator(args.checkpoint, other)[0].to(runtime.device) if args.round_trip else None
-    there, args = there.to(runtime.device), under(args, flags)
+    args.round_trip and "seed" not in flags and die("--round_trip needs a run's generators.pt: both ways")
+    there, args, sums = there.to(runtime.device), under(args, flags), torch.zeros(8)
     load = lambda path: runtime.to_float(fit(read_image(path), args))[None]
     truths = {os.path.join(args.output, os.path.splitext(name)[0]): os.path.join(args.truth, name)
               for name in (find_images(args.truth) if args.truth else [])}
     not args.truth or truths.keys() & jobs.keys() or die(f"--truth {args.truth}: no names of --input there")
-    sums = torch.zeros(8)
     for target, path in list(jobs.items())[runtime.rank::runtime.world]:
         try:
             x = load(path)

@@ -29,7 +29,7 @@ class Residual(nn.Module):
     def forward(self, x):
         return x + self.layers(x)
 def textbook_resnet(n, blocks, upsample="deconv"):
-    """§7.1: c7s1-64, d128, d256, R256 x blocks, u128, u64, c7s1-3."""
+    """§7.2: c7s1-64, d128, d256, R256 x blocks, u128, u64, c7s1-3."""
     layers = [nn.ReflectionPad2d(3), nn.Conv2d(3, n, 7), nn.InstanceNorm2d(n), nn.ReLU()]
     for a in (n, 2 * n):
         layers += [nn.Conv2d(a, 2 * a, 3, stride=2, padding=1), nn.InstanceNorm2d(2 * a), nn.ReLU()]
@@ -54,7 +54,7 @@ class TextbookUNet(nn.Module):
     def forward(self, x):
         return self.layers(x) if self.top else torch.cat([x, self.layers(x)], dim=1)
 def textbook_patchgan(n):
-    """§7.1: C64, C128, C256, C512 and one score for each 70x70 patch."""
+    """§7.2: C64, C128, C256, C512 and one score for each 70x70 patch."""
     layers = [nn.Conv2d(3, n, 4, stride=2, padding=1), nn.LeakyReLU(0.2)]
     for a, b, stride in ((n, 2 * n, 2), (2 * n, 4 * n, 2), (4 * n, 8 * n, 1)):
         layers += [nn.Conv2d(a, b, 4, stride=stride, padding=1), nn.InstanceNorm2d(b), nn.LeakyReLU(0.2)]
@@ -791,8 +791,8 @@ def bench(argv):
     for name, times, gib in zip(levers, seconds, memory):
         t, ratios = median(times), [book / ours for book, ours in zip(seconds[0], times)]
         print(f"{name:24}{t * 1e3:8.1f} ms/step ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}), "
-              f"{args.batch_size / t:.2f} images/s, {flop / t / 1e12:.2f} TFLOP/s, {flop / t / ceiling:.0%}, "
-              f"{gib:.1f} GiB, x {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+              f"{2 * args.batch_size / t:.1f} images/s, {flop / t / 1e12:.2f} TFLOP/s = {flop / t / ceiling:.0%}"
+              f", {gib:.1f} GiB, x {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 if __name__ == "__main__":
     if "--bench" not in sys.argv:
