@@ -791,7 +791,7 @@ def bench(argv):
     for name, times, gib in zip(levers, seconds, memory):
         t, ratios = median(times), [book / ours for book, ours in zip(seconds[0], times)]
         print(f"{name:24}{t * 1e3:8.1f} ms/step ({min(times) * 1e3:.1f} to {max(times) * 1e3:.1f}), "
-              f"{2 * args.batch_size / t:.1f} images/s, {flop / t / 1e12:.2f} TFLOP/s = {flop / t / ceiling:.0%}"
+              f"{2 * args.batch_size / t:.1f} imgs/s, {flop / t / 1e12:.2f} TFLOP/s {flop / t / ceiling:.0%}"
               f", {gib:.1f} GiB, x {median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 if __name__ == "__main__":
