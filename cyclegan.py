@@ -31,7 +31,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageOps
 from torch import nn
 from torchvision.utils import save_image
 
@@ -126,14 +126,11 @@ def read_image(path, side=None):
     """One picture as PIL RGB: upright, on white, 8 bits. A large JPEG may come smaller, no side below `side`.
     Raises OSError, with the path in it, for whatever cannot be read."""
     try:
-        with Image.open(path) as image:
+        with open(path, "rb") as file, Image.open(file) as image:
             image.draft(None, (side, side) if side else image.size)     # JPEG at 1/2, 1/4, 1/8: much faster
             image = ImageOps.exif_transpose(image)              # phones store how to turn, not the turned
         if image.mode.startswith("I"):                          # 16-bit grey: convert() clips it to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-        if image.mode == "LAB":
-            profiles = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-            image = ImageCms.profileToProfile(image, *profiles, outputMode="RGB")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -461,7 +458,9 @@ class Runtime:
         self.scaler.step(optimizer)                             # after averaging: one overflow is everyone's
         self.scaler.update()
     def average(self, tensors):
-        """Mean over all processes, in place: one all-reduce of one flat buffer."""
+        """Mean over all processes, in place: one all-reduce of a flat buffer, after the backward pass and not
+        during it. By calculation, the generators' 91 MB take 0.5 ms among 8 GPUs on NVLink (300 GB/s of ring
+        bandwidth), 15 ms over 100 Gbit/s: overlap would hardly show on the first and not hide the second."""
         if self.world > 1:
             flat = nn.utils.parameters_to_vector(tensors)
             dist.all_reduce(flat)
