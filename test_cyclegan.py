@@ -147,8 +147,8 @@ def fill(folder, n, colour=None, size=(40, 34), seed=0):
         Image.fromarray(image).save(f"{folder}/{i:03}.png")
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
-    """These networks are too small for more, and the processes that are started inherit it."""
-    os.environ["OMP_NUM_THREADS"] = "1"
+    """These networks are too small for more; the processes started here inherit it, and find this file."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     torch.set_num_threads(1)
 @pytest.fixture
 def data(tmp_path, monkeypatch):
