@@ -36,9 +36,10 @@ from torch import nn
 from torchvision.utils import save_image
 
 warn = lambda *words: print(*words, file=sys.stderr, flush=True)
-
 def die(message):
     """Bad input ends here: one line that names the file or flag and says what to do, exit status 2."""
+    if int(os.environ.get("RANK", 0)):      # most often process 0 says the same, and torchrun ends this one;
+        signal.signal(signal.SIGTERM, signal.SIG_DFL), time.sleep(3)        # if it still runs then, it speaks
     warn("cyclegan.py:", " ".join(str(message).split()))
     sys.exit(2)
 
@@ -458,17 +459,20 @@ class Runtime:
         self.scaler.step(optimizer)                             # after averaging: one overflow is everyone's
         self.scaler.update()
     def average(self, tensors):
-        """Mean over all processes, in place: one all-reduce of a flat buffer, after the backward pass and not
-        during it. By calculation, the generators' 91 MB take 0.5 ms among 8 GPUs on NVLink (300 GB/s of ring
-        bandwidth), 15 ms over 100 Gbit/s: overlap would hardly show on the first and not hide the second."""
+        """Mean over processes, in place: a flat all-reduce. On paper, G's 91 MB take 0.5 ms on 8 GPUs with
+        NVLink, 15 ms over 100 Gbit/s: overlap with the backward pass would not show, or not help enough."""
         if self.world > 1:
             flat = nn.utils.parameters_to_vector(tensors)
-            dist.all_reduce(flat)
+            try:
+                dist.all_reduce(flat)
+            except RuntimeError as error:
+                die(f"another process is gone ({error}); --resume goes on from the last checkpoint")
             nn.utils.vector_to_parameters(flat.div_(self.world), tensors)
 
 # ---- 9. Outputs --------------------------------------------------------------------------------------------
 # log.csv: section 6 says what is healthy. samples/: look at rows 2 and 5, the translations, then whether 3
 # and 6 lead back to 1 and 4. latest.pt: networks, optimizers, scaler, pools, RNG, log. generators.pt: share.
+save_png = functools.partial(save_image, format="png", normalize=True, value_range=(-1, 1))
 def save(path, write, thing, **options):
     """write(thing, file), under another name until complete: a crash or a full disk leaves what was there."""
     try:
@@ -478,11 +482,9 @@ def save(path, write, thing, **options):
             file.flush(), os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:                    # RuntimeError: torch.save's for a full disk
-        if os.path.exists(f"{path}.part"):
-            os.remove(f"{path}.part")
+        os.path.exists(f"{path}.part") and os.remove(f"{path}.part")
         die(f"cannot write {path} ({error}); what was there before is untouched")
 
-save_png = functools.partial(save_image, format="png", normalize=True, value_range=(-1, 1))
 @torch.no_grad()
 def save_samples(path, model, runtime, real_A, real_B):
     """A grid, a column a picture; rows: real A, fake B, back to A, real B, fake A, back to B."""
@@ -571,7 +573,7 @@ def train(args):
     args.dataA, args.dataB = ([os.path.abspath(top) for top in tops] for tops in (args.dataA, args.dataB))
     args.out_dir = args.out_dir or f"runs/{os.path.basename(args.dataA[0])}2{os.path.basename(args.dataB[0])}"
     out = args.out_dir
-    if os.path.exists(f"{out}/latest.pt") and not saved:
+    if not saved and os.path.exists(f"{out}/latest.pt"):
         die(f"{out} holds a run: go on with --resume {out}, or choose another --out_dir")
     total = min((args.epochs + args.epochs_decay) * data.epoch_steps, args.max_steps or 10**12)
     runtime.prepare(model, args, total)
@@ -594,14 +596,14 @@ def train(args):
         if first >= total:
             return say(f"{out} is finished, {first} steps; for more, raise --epochs or --max_steps")
     say(f"{out}: {len(data.files[0])} A, {len(data.files[1])} B, {data.epoch_steps} steps an epoch, "
-        f"{total - first} to go; {runtime.world} x {runtime.device}, {runtime.dtype}, batch {step_pairs}")
+        f"{total - first} to go; {runtime.world} x {runtime.device}, {runtime.dtype}, batch {step_pairs}, "
+        f"rate {args.lr:g}")
     def checkpoint(step):
         for name, weight in model.named_parameters():
             weight.isfinite().all() or die(f"step {step}: {name} not finite; the last checkpoint is kept")
         mine = {k: [x.cpu() for x in p.images] for k, p in pools.items()} | {"rng": torch.get_rng_state()}
         ranks = [mine] * runtime.world
-        if runtime.world > 1:
-            dist.gather_object(mine, ranks if runtime.rank == 0 else None)
+        runtime.world > 1 and dist.gather_object(mine, ranks if runtime.rank == 0 else None)
         if runtime.rank == 0:
             flags = {name: value for name, value in vars(args).items() if name not in ("given", "resume")}
             state = {name: part.state_dict() for name, part in parts.items()} | {
@@ -651,8 +653,7 @@ def load_generator(path, direction):
     weights = {k: v for k, v in state.items() if torch.is_tensor(v) and k.startswith(prefix)
                and not k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
     convs = [value.shape for value in weights.values() if value.ndim == 4]
-    if len(convs) < 6 or convs[0][1] != 3:
-        die(f"{path} is neither a generators.pt nor the state_dict of a CycleGAN generator")
+    flags or len(convs) > 5 and convs[0][1] == 3 or die(f"{path} holds no generator of a CycleGAN")
     if not flags:
         unet, deconv = convs[0][2] == 4, convs[-3][0] > convs[-3][1]
         flags = {"generator": "unet" if unet else "resnet", "size": 2 ** (len(convs) // 2) if unet else 256,
@@ -728,7 +729,7 @@ def translate(args):
     return failed
 
 DEMO = ("--dataA files/toy/black --dataB files/toy/blond --out_dir runs/demo --size 64 --load_size 68 "
-        "--generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 6 --epochs_decay 9 --amp off")
+        "--generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off")
 
 def demo(_):
     """Draw toy faces, then run the plain commands it prints; flags typed beside --demo go to the training."""
