@@ -19,13 +19,13 @@ Names. The suffix is the domain of the picture: fake_B passes for a B, idt_A is 
   here     G_AB   G_BA   D_A   D_B   real_A   real_B   fake_B   fake_A   rec_A      rec_B
   paper    G      F      D_X   D_Y   x        y        G(x)     F(y)     F(G(x))    G(F(y))
 
-What to change where. A generator: a class, a line in GENERATORS. A GAN loss: a line in GAN_LOSSES. A further
-term: a line in CycleGAN.generator_loss, and the log follows. The augmentation: fit. The schedule: lr_at.
+What to change where. A generator: a class with its `multiple`, a line in GENERATORS. A GAN loss: a line in
+GAN_LOSSES. A term: a line in CycleGAN.generator_loss; the log follows. Augmentation: fit. Schedule: lr_at.
 
 The file follows a picture from its folder to the checkpoint: 1 flags, 2 data, 3 generators, 4 discriminator,
 5 image pool, 6 objective, 7 one step, 8 plumbing (skip it at first), 9 outputs, 10 train, 11 translate.
 """
-import argparse, functools, os, signal, sys, time, zlib
+import argparse, functools, os, shlex, signal, sys, time, zlib
 
 import numpy as np
 import torch
@@ -147,7 +147,7 @@ def fit(image, args, rng=None):
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
     step = np.array([w, h] if args.resize == "stretch" else [min(w, h)] * 2) / load_size    # in old pixels
     corner = (rng.random(2) if rng else 0.5) * ([w, h] - args.size * step)
-    box = np.clip([*corner, *corner + args.size * step], 0, [w, h, w, h])
+    box = np.clip([*corner, *(corner + args.size * step)], 0, [w, h, w, h])
     image = image.resize((args.size, args.size), Image.Resampling.BICUBIC, box=tuple(box))
     image = ImageOps.mirror(image) if rng and args.flip and rng.random() < 0.5 else image
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
@@ -309,7 +309,7 @@ def init_weights(module):
 
 # ---- 5. Image pool -----------------------------------------------------------------------------------------
 # A discriminator that sees only the newest fakes forgets old tricks, and the generators come back to them:
-# round and round instead of better. So half of what it sees was made earlier (§4, Shrivastava et al. 2017).
+# round and round instead of better. So half the fakes it sees are older (§4, Shrivastava et al. 2017).
 class ImagePool:
     """Up to `size` earlier fakes of one domain; size 0 is off."""
     def __init__(self, size):
@@ -327,18 +327,18 @@ class ImagePool:
         return torch.stack(shown)
 
 # ---- 6. Objective ------------------------------------------------------------------------------------------
-# Three wishes for a generator. Adversarial (Eq. 1): the result passes for the other domain; but any picture
-# of that domain would do. Cycle (Eq. 2): the way back finds the source, so the result keeps what it shows;
-# but colours that the way back swaps back are free. Identity (§5.2): a B is left as it is, and so are tints.
+# Three wishes for a generator. Adversarial (Eq. 1): the result passes for the other domain; but one picture
+# of that domain would do for every source. Cycle (Eq. 2): the way back finds the source; but a tint, or all
+# colours inverted, can be undone on the way. Identity (§5.2): G_AB leaves a real B as it is, colours and all.
 #   Healthy (lsgan): D(real) and D(fake) stay apart but near 0.5; D_A, D_B are 0.1 to 0.25 (0.25: guessing),
-# adv 0.3 to 0.6; cycle and idt fall for a long time. Dead: D_A or D_B at 0 and adv at 1, for good. Copying:
-# cycle and idt near 0 early on, D_A and D_B too, as a fake_B that is still its real_A is easy to tell.
+# adv 0.3 to 0.6; cycle and idt (logged times their weight) fall for long. Dead: D_A, D_B near 0, adv near 1,
+# for good. Copying: so too, but cycle and idt near 0 as well: a fake_B that is still its real_A is found out.
 def lsgan(scores, target):
-    """Least squares (§4, Mao et al. 2017): no score saturates; the farther off, the stronger the gradient."""
+    """Least squares (§4, Mao et al. 2017): a fake that D takes for real, but far off, is still pulled in."""
     return F.mse_loss(scores, torch.full_like(scores, target))
 
 def bce(scores, target):
-    """Cross-entropy on logits: Eq. 1 as written, the generator's side in its non-saturating form."""
+    """Cross-entropy on logits: Eq. 1, G's side non-saturating; a fake once taken for real moves no more."""
     return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, target))
 
 def focal(scores, target, gamma=2.0):
@@ -367,13 +367,13 @@ class CycleGAN(nn.Module):
         self.G = nn.ModuleDict({name: new(args) for name in ("AB", "BA")})
         self.D = nn.ModuleDict({name: PatchDiscriminator(args) for name in ("A", "B")})
         self.d_loss, self.g_loss = GAN_LOSSES[args.gan_loss]
-        self.lambda_cycle, self.lambda_identity = args.lambda_cycle, args.lambda_cycle * args.lambda_identity
+        self.lambda_cycle, self.weight_identity = args.lambda_cycle, args.lambda_cycle * args.lambda_identity
         self.apply(init_weights)
 
     def generator_loss(self, real_A, real_B):
         """Eq. 3 and the identity term. Pictures: (N, 3, H, W) in [-1, 1].
         -> loss, terms (name: weighted scalar; they add up to the loss), fake_A, fake_B (detached)."""
-        n, identity = len(real_A), self.lambda_identity > 0
+        n, identity = len(real_A), self.weight_identity > 0
         # Instance norm never mixes pictures: what is to be translated and what to be left alone share a pass.
         out_B = self.G.AB(torch.cat([real_A, real_B]) if identity else real_A)
         out_A = self.G.BA(torch.cat([real_B, real_A]) if identity else real_B)
@@ -386,13 +386,13 @@ class CycleGAN(nn.Module):
                  "cycle_A": self.lambda_cycle * (rec_A - real_A).abs().mean(),
                  "cycle_B": self.lambda_cycle * (rec_B - real_B).abs().mean()}
         if identity:
-            terms["idt_A"] = self.lambda_identity * (idt_A - real_A).abs().mean()
-            terms["idt_B"] = self.lambda_identity * (idt_B - real_B).abs().mean()
+            terms["idt_A"] = self.weight_identity * (idt_A - real_A).abs().mean()
+            terms["idt_B"] = self.weight_identity * (idt_B - real_B).abs().mean()
         return sum(terms.values()), terms, fake_A.detach(), fake_B.detach()
 
     def discriminator_loss(self, real_A, real_B, fake_A, fake_B):
-        """Real is to score 1, fake 0; halved, so that D learns at half the generators' pace (§7.1).
-        -> loss, terms (the two losses, and the mean scores of real and fake pictures)."""
+        """Real is to score 1, fake 0; halved, which is to slow D (§7.1; Adam hardly feels a factor).
+        -> loss, terms (the two losses, and the mean raw scores of real and fake; logits, but for lsgan)."""
         n = len(real_A)
         score_A = self.D.A(torch.cat([real_A, fake_A]))
         score_B = self.D.B(torch.cat([real_B, fake_B]))
@@ -404,11 +404,11 @@ class CycleGAN(nn.Module):
 # ---- 7. One step -------------------------------------------------------------------------------------------
 def train_step(model, pools, runtime, real_A, real_B):
     """Move the generators, then the discriminators. Pictures: (N, 3, H, W) in [-1, 1]. -> terms, by name."""
-    model.D.requires_grad_(False)           # the generators' gradient passes through D; D itself stays put
+    model.D.requires_grad_(False)           # G's gradient passes through D; D's own is not needed
     with runtime.autocast():
         loss, g_terms, fake_A, fake_B = model.generator_loss(real_A, real_B)
     runtime.update("G", loss)
-    model.D.requires_grad_(True)            # the fakes are detached, so the generators stay put
+    model.D.requires_grad_(True)            # the fakes came detached: from here no gradient reaches G
     fake_A, fake_B = pools["A"].query(fake_A), pools["B"].query(fake_B)
     with runtime.autocast():
         loss, d_terms = model.discriminator_loss(real_A, real_B, fake_A, fake_B)
@@ -448,8 +448,7 @@ class Runtime:
         model.to(self.device)
         self.optimizers = {"G": adam(model.G.parameters()), "D": adam(model.D.parameters())}
         if args.compile == "on" or args.compile == "auto" and self.device.type == "cuda" and steps >= 2000:
-            for network in (*model.G.values(), *model.D.values()):
-                network.compile()                               # in place: state_dict keeps its names
+            [network.compile() for network in (*model.G.values(), *model.D.values())]  # keys stay as they are
     def update(self, name, loss):
         """Back-propagate `loss` and step the optimizer of "G" or "D". The only place that does either."""
         optimizer = self.optimizers[name]
@@ -471,7 +470,7 @@ class Runtime:
 
 # ---- 9. Outputs --------------------------------------------------------------------------------------------
 # log.csv: section 6 says what is healthy. samples/: look at rows 2 and 5, the translations, then whether 3
-# and 6 lead back to 1 and 4. latest.pt: networks, optimizers, scaler, pools, RNG, log. generators.pt: share.
+# and 6 lead back to 1 and 4. latest.pt: all that --resume needs. generators.pt: to share, to translate.
 save_png = functools.partial(save_image, format="png", normalize=True, value_range=(-1, 1))
 def save(path, write, thing, **options):
     """write(thing, file), under another name until complete: a crash or a full disk leaves what was there."""
@@ -495,11 +494,11 @@ def save_samples(path, model, runtime, real_A, real_B):
     save(path, save_png, torch.cat(rows), nrow=len(real_A))
 
 class Log:
-    """The mean of every term since the last row: into log.csv and onto the terminal."""
+    """The mean of every term since the last row: into log.csv (its lines: `rows`) and onto the terminal."""
     def __init__(self, args, runtime, total, epoch_steps):
         self.args, self.runtime, self.total, self.epoch_steps = args, runtime, total, epoch_steps
-        self.rows, self.written, self.sums = [], 0, {}          # lines of log.csv; written by this process
-        self.start, self.steps, self.waited = time.time(), 0, 0.0
+        self.rows, self.written, self.start = [], 0, time.time()
+        self.sums, self.steps, self.waited = {}, 0, 0.0
         if args.tensorboard and runtime.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(args.out_dir)
@@ -521,7 +520,8 @@ class Log:
         speed = 2 * self.steps * self.args.batch_size * self.runtime.world / seconds      # A and B
         row = {"step": step, "epoch": step / self.epoch_steps, "rate": rate, **means,
                "images_per_s": round(speed, 2), "waiting": round(self.waited / seconds, 4)}
-        self.rows += [",".join(row) + "\n"] * (not self.rows) + [",".join(map(str, row.values())) + "\n"]
+        lines = [",".join(map(str, part)) + "\n" for part in (row, row.values())]
+        self.rows += lines[lines[0] in self.rows:]              # the header: at first, and when terms change
         if self.runtime.rank == 0:                              # at first, also those of before a resume
             with open(f"{self.args.out_dir}/log.csv", "a" if self.written else "w") as file:
                 file.writelines(self.rows[self.written:])
@@ -591,8 +591,7 @@ def train(args):
         torch.set_rng_state(mine["rng"])
         for name, pool in pools.items():
             pool.images = [image.to(runtime.device) for image in mine[name][:pool.size]]
-        if len(saved["ranks"]) != runtime.world:
-            say(f"{len(saved['ranks'])} processes before, {runtime.world} now: on from step {first}")
+        (n := len(saved["ranks"])) == runtime.world or say(f"{n} processes before, {runtime.world} now")
         if first >= total:
             return say(f"{out} is finished, {first} steps; for more, raise --epochs or --max_steps")
     say(f"{out}: {len(data.files[0])} A, {len(data.files[1])} B, {data.epoch_steps} steps an epoch, "
@@ -650,8 +649,8 @@ def load_generator(path, direction):
     state = load_checkpoint(path)
     flags, state = (state["args"], state["model"]) if {"args", "model"} <= {*state} else ({}, state)
     prefix = f"G.{direction[0] + direction[-1]}." if flags else ""
-    weights = {k: v for k, v in state.items() if torch.is_tensor(v) and k.startswith(prefix)
-               and not k.endswith(("running_mean", "running_var", "num_batches_tracked"))}
+    weights = {k: v for k, v in state.items() if torch.is_tensor(v) and k.startswith(prefix) and (
+        flags or not k.endswith(("running_mean", "running_var", "num_batches_tracked")))}       # old official
     convs = [value.shape for value in weights.values() if value.ndim == 4]
     flags or len(convs) > 5 and convs[0][1] == 3 or die(f"{path} holds no generator of a CycleGAN")
     if not flags:
@@ -663,7 +662,7 @@ def load_generator(path, direction):
     if [value.shape for value in G.state_dict().values()] != [value.shape for value in weights.values()]:
         die(f"{path}: its layers are not those of a {flags['generator']} generator")
     G.load_state_dict(dict(zip(G.state_dict(), weights.values())))
-    if any("down_blocks" in name for name in weights):          # the CelebA book chapter pads by reflection
+    if any("down_blocks" in name for name in weights):          # the DGAI book's chapter pads by reflection
         G.down1[0].padding_mode = G.down2[0].padding_mode = "reflect"
     return G, flags
 
@@ -719,36 +718,37 @@ def translate(args):
             warn(error if path in str(error) else f"{path}: {error}")
             sums[7] += 1
     runtime.average([sums])
-    hair, before, n_hair, off, n, psnr, pictures, failed = (sums * runtime.world).tolist()
+    diff, before, n_diff, off, n, psnr, pictures, failed = (sums * runtime.world).tolist()
     if runtime.rank == 0:
         print(f"translated {len(jobs) - failed:.0f} of {len(jobs)} pictures into {args.output}")
     if runtime.rank == 0 and pictures:
         print(f"{pictures:.0f} compared: absolute error {off / n:.3f}, PSNR {psnr / pictures:.1f} dB; where "
-              f"input and truth differ {hair / (n_hair or 1):.3f}, {hair / (before or 1):.1%} of input's; "
-              f"elsewhere {(off - hair) / (n - n_hair or 1):.3f}", flush=True)
+              f"input and truth differ {diff / (n_diff or 1):.3f}, {diff / (before or 1):.1%} of input's; "
+              f"elsewhere {(off - diff) / (n - n_diff or 1):.3f}", flush=True)
     return failed
 
-DEMO = ("--dataA files/toy/black --dataB files/toy/blond --out_dir runs/demo --size 64 --load_size 68 "
+DEMO = ("--dataA files/toy/black --dataB files/toy/blond --out_dir OUT --size 64 --load_size 68 "
         "--generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off")
 
-def demo(_):
-    """Draw toy faces, then run the plain commands it prints; flags typed beside --demo go to the training."""
+def demo(args):
+    """Draw toy faces, then run the plain commands it prints, each with the flags typed beside --demo."""
     from prepare_celeba import toy_faces
     toy_faces("files/toy", 400, 50)
-    start = "--resume runs/demo" if os.path.exists("runs/demo/latest.pt") else DEMO
-    commands = [" ".join([start, *(flag for flag in sys.argv[1:] if flag != "--demo")])]
+    out, typed = args.out_dir or "runs/demo", [word for word in sys.argv[1:] if word != "--demo"]
+    commands = ["--resume OUT" if os.path.exists(f"{out}/latest.pt") else DEMO]
     for direction, a, b in (("AtoB", "black", "blond"), ("BtoA", "blond", "black")):
-        commands.append(f"--mode translate --checkpoint runs/demo/generators.pt --direction {direction} "
-                        f"--input files/toy/{a}_test --truth files/toy/{b}_test --output runs/demo/{b}")
+        commands.append(f"--mode translate --checkpoint OUT/generators.pt --direction {direction} "
+                        f"--input files/toy/{a}_test --truth files/toy/{b}_test --output OUT/{b}")
     for command in commands:
-        print(f"\npython cyclegan.py {command}", flush=True)
-        main(command.split())
-    print(f"\nopen runs/demo/samples/{max(os.listdir('runs/demo/samples'))}, from top to bottom: black, made "
-          "blond, and back; blond, made black, and back")
+        words = [word.replace("OUT", out) for word in command.split()] + typed
+        print("\npython cyclegan.py", shlex.join(words), flush=True)
+        main(words)
+    print(f"\nopen {out}/samples/{max(os.listdir(f'{out}/samples'))}: rows 2 and 5 are made, 1 and 4 real")
 
 def main(argv=None):
     """Run a command line; returns its exit status."""
     args = get_args(argv)
+    [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)]       # no traceback
     try:
         return bool((demo if args.demo else translate if args.mode == "translate" else train)(args))
     except torch.OutOfMemoryError:
