@@ -217,7 +217,8 @@ class InstanceNorm(nn.Module):
     """Each channel of each picture to mean 0 and variance 1, (N, C, H, W) -> same; nothing learned. Not
     nn.InstanceNorm2d: its CPU gradients are wrong for a single picture in channels_last (torch 2.15)."""
     def forward(self, x):
-        return F.group_norm(x, x.shape[1])
+        with torch.autocast(x.device.type, enabled=False):      # in CUDA's, all that follows were float32
+            return F.group_norm(x, x.shape[1])
 
 def upsample(n_in, n_out, args, kernel=3):
     """Twice the side: transposed convolution (§7.2); or nearest and convolution, which leave no checkers."""
@@ -300,6 +301,8 @@ class PatchDiscriminator(nn.Sequential):
             nn.Conv2d(2 * n, 4 * n, 4, 2, 1), InstanceNorm(), nn.LeakyReLU(0.2),    # (N, 256, H/8,   W/8)
             nn.Conv2d(4 * n, 8 * n, 4, 1, 1), InstanceNorm(), nn.LeakyReLU(0.2),    # (N, 512, H/8-1, W/8-1)
             nn.Conv2d(8 * n, 1, 4, 1, 1))                                           # (N,   1, H/8-2, W/8-2)
+    def forward(self, x):                           # of its own: else torch 2.11 does not compile it whole
+        return super().forward(x)
 
 def init_weights(module):
     """N(0, 0.02) for the weights of every convolution (§7.1), 0 for its bias."""
@@ -445,10 +448,10 @@ class Runtime:
     def prepare(self, model, args, steps):
         """Move the networks here, give them optimizers, and compile them if `steps` steps are worth it."""
         adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
-        model.to(self.device)
-        self.optimizers = {"G": adam(model.G.parameters()), "D": adam(model.D.parameters())}
+        self.optimizers = {k: adam(nets.parameters()) for k, nets in model.to(self.device).named_children()}
+        torch.backends.cudnn.benchmark = True                   # sizes stay: try every algorithm once
         if args.compile == "on" or args.compile == "auto" and self.device.type == "cuda" and steps >= 2000:
-            [network.compile() for network in (*model.G.values(), *model.D.values())]  # keys stay as they are
+            [network.compile(dynamic=False) for network in (*model.G.values(), *model.D.values())]
     def update(self, name, loss):
         """Back-propagate `loss` and step the optimizer of "G" or "D". The only place that does either."""
         optimizer = self.optimizers[name]
@@ -572,15 +575,14 @@ def train(args):
     data = UnpairedImages(args, step_pairs)
     args.dataA, args.dataB = ([os.path.abspath(top) for top in tops] for tops in (args.dataA, args.dataB))
     args.out_dir = args.out_dir or f"runs/{os.path.basename(args.dataA[0])}2{os.path.basename(args.dataB[0])}"
-    out = args.out_dir
-    if not saved and os.path.exists(f"{out}/latest.pt"):
-        die(f"{out} holds a run: go on with --resume {out}, or choose another --out_dir")
+    if not saved and os.path.exists(f"{args.out_dir}/latest.pt"):
+        die(f"{args.out_dir} holds a run: go on with --resume {args.out_dir}, or choose another --out_dir")
     total = min((args.epochs + args.epochs_decay) * data.epoch_steps, args.max_steps or 10**12)
     runtime.prepare(model, args, total)
     pools = {"A": ImagePool(args.pool_size), "B": ImagePool(args.pool_size)}
     torch.manual_seed(args.seed + runtime.rank)                 # what comes by chance from here on: the pools
     parts = {"model": model, "scaler": runtime.scaler, **runtime.optimizers}
-    log, first = Log(args, runtime, total, data.epoch_steps), 0
+    log, out, first = Log(args, runtime, total, data.epoch_steps), args.out_dir, 0
     say = functools.partial(print, flush=True) if runtime.rank == 0 else lambda *_: None
     if saved:
         saved["names"] == data.names or die(f"--dataA, --dataB: not the pictures of {out}")
@@ -634,8 +636,7 @@ def train(args):
             log.row(step, rate)                                 # ends the run on a loss that is not finite
         if runtime.rank == 0 and (last or step % args.sample_every == 0):
             save_samples(f"{out}/samples/step_{step:07}.png", model, runtime, fixed_A, fixed_B)
-        if saving:
-            checkpoint(step)
+        saving and checkpoint(step)
         if last and step < total:
             say(f"stopped at step {step}, saved; to go on: python cyclegan.py --resume {out}")
             sys.exit(128 + (signals or [signal.SIGTERM])[0])
@@ -719,8 +720,7 @@ def translate(args):
             sums[7] += 1
     runtime.average([sums])
     diff, before, n_diff, off, n, psnr, pictures, failed = (sums * runtime.world).tolist()
-    if runtime.rank == 0:
-        print(f"translated {len(jobs) - failed:.0f} of {len(jobs)} pictures into {args.output}")
+    runtime.rank or print(f"translated {len(jobs) - failed:.0f} of {len(jobs)} pictures into {args.output}")
     if runtime.rank == 0 and pictures:
         print(f"{pictures:.0f} compared: absolute error {off / n:.3f}, PSNR {psnr / pictures:.1f} dB; where "
               f"input and truth differ {diff / (n_diff or 1):.3f}, {diff / (before or 1):.1%} of input's; "
