@@ -335,7 +335,7 @@ class ImagePool:
 # colours inverted, can be undone on the way. Identity (§5.2): G_AB leaves a real B as it is, colours and all.
 #   Healthy (lsgan): D(real) and D(fake) stay apart but near 0.5; D_A, D_B are 0.1 to 0.25 (0.25: guessing),
 # adv 0.3 to 0.6; cycle and idt (logged times their weight) fall for long. Dead: D_A, D_B near 0, adv near 1,
-# for good. Copying: so too, but cycle and idt near 0 as well: a fake_B that is still its real_A is found out.
+# for good. Copying: the same numbers, but fake_B looks like its real_A, which D_B finds out without trouble.
 def lsgan(scores, target):
     """Least squares (§4, Mao et al. 2017): a fake that D takes for real, but far off, is still pulled in."""
     return F.mse_loss(scores, torch.full_like(scores, target))
@@ -451,6 +451,7 @@ class Runtime:
         self.optimizers = {k: adam(nets.parameters()) for k, nets in model.to(self.device).named_children()}
         torch.backends.cudnn.benchmark = True                   # sizes stay: try every algorithm once
         if args.compile == "on" or args.compile == "auto" and self.device.type == "cuda" and steps >= 2000:
+            torch._dynamo.config.suppress_errors = True         # no C compiler, an old GPU: goes on without
             [network.compile(dynamic=False) for network in (*model.G.values(), *model.D.values())]
     def update(self, name, loss):
         """Back-propagate `loss` and step the optimizer of "G" or "D". The only place that does either."""
@@ -500,8 +501,7 @@ class Log:
     """The mean of every term since the last row: into log.csv (its lines: `rows`) and onto the terminal."""
     def __init__(self, args, runtime, total, epoch_steps):
         self.args, self.runtime, self.total, self.epoch_steps = args, runtime, total, epoch_steps
-        self.rows, self.written, self.start = [], 0, time.time()
-        self.sums, self.steps, self.waited = {}, 0, 0.0
+        self.rows, self.written, self.sums, self.start, self.steps, self.waited = [], 0, {}, time.time(), 0, 0
         if args.tensorboard and runtime.rank == 0:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(args.out_dir)

@@ -317,9 +317,9 @@ def test_what_a_run_writes(data, capsys):
     assert Image.open("x/samples/step_0000011.png").size == (5 * 34 + 2, 6 * 34 + 2)
     assert "step 3/11" in (out := capsys.readouterr().out) and "waiting" in out and "to go" in out
 def test_compiled_networks_give_the_same_and_save_the_same(data, monkeypatch):
-    """With a cheap backend: what is tested is its use. Whole networks, and one graph for each kind of call."""
+    """With a cheap backend: what is tested is its use. Whole networks, one graph a kind of call; the fifth fails."""
     graphs, real, eager = [], nn.Module.compile, torch._dynamo.lookup_backend("aot_eager")
-    count = torch._dynamo.reset() or (lambda graph, x: graphs.append(graph) or eager(graph, x))
+    count = torch._dynamo.reset() or (lambda *graph: graphs.append(graph) or graphs[4:] or eager(*graph))
     monkeypatch.setattr(nn.Module, "compile", lambda net, **kinds: real(net, backend=count, **kinds))
     for compiled in ("on", "off"):
         run("--dataA a --dataB b --max_steps 2 --amp off --compile", compiled, "--out_dir", compiled, *SMALL)
@@ -327,7 +327,7 @@ def test_compiled_networks_give_the_same_and_save_the_same(data, monkeypatch):
     assert len(graphs) == 4 and on.keys() == off.keys()     # G: with identity or without; D: frozen or not
     kernels = [key for key in on if on[key].ndim == 4]
     assert distance([on[key] for key in kernels], [off[key] for key in kernels]) < 1e-3
-    run("--resume on --compile off --max_steps 3")
+    torch._dynamo.reset(), run("--resume on --max_steps 3"), run("--resume on --compile off --max_steps 4")
 
 # ---- Runs that stop and go on, alone and as two processes -------------------------------------------------
 FORK = multiprocessing.get_context("forkserver")        # imports torch once, before any thread and any CUDA
@@ -717,7 +717,7 @@ def test_forks(data, diff):
 def test_every_command(tmp_path, monkeypatch):
     """Those of the docstrings and the README, in order, smaller: first as processes, then in this one."""
     monkeypatch.chdir(tmp_path), os.mkdir("mnist"), fill("svhn", 3), fill("photos", 3)
-    [fill(f"{x}/train{y}", 3) for x in ("horse2zebra", "monet", "cezanne", "photo") for y in "AB"]
+    [fill(f"{x}/train{y}", 3) for x in ("horse2zebra", "monet2photo", "cezanne2photo") for y in "AB"]
     [Image.linear_gradient("L").resize((28, 28)).rotate(50 * i).save(f"mnist/{i}.png") for i in range(3)]
     [picture(f"files/img_align_celeba/{i:06}.jpg", (89, 109)) for i in range(1, 11)]
     [pathlib.Path(x, "list_attr_celeba.txt").write_text(CELEBA_TXT) for x in ("files", ".")]
