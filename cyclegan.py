@@ -439,7 +439,7 @@ class Runtime:
                 self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
         amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if cuda else "off"
         self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-        self.to_float = lambda x: x.to(self.device, non_blocking=True).float() / 127.5 - 1  # to [-1, 1]
+        self.to_float = lambda x: x.to(self.device, non_blocking=cuda).float() / 127.5 - 1  # to [-1, 1]
         self.autocast = lambda: torch.autocast(self.device.type, self.dtype, enabled=amp != "off")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")     # else it does nothing
         if self.world > 1 and not dist.is_initialized():
@@ -451,7 +451,7 @@ class Runtime:
         self.optimizers = {k: adam(nets.parameters()) for k, nets in model.to(self.device).named_children()}
         torch.backends.cudnn.benchmark = True                   # sizes stay: try every algorithm once
         if args.compile == "on" or args.compile == "auto" and self.device.type == "cuda" and steps >= 2000:
-            torch._dynamo.config.suppress_errors = True         # no C compiler, an old GPU: goes on without
+            torch._dynamo.config.suppress_errors = args.compile == "auto"   # no C compiler, old GPU: without
             [network.compile(dynamic=False) for network in (*model.G.values(), *model.D.values())]
     def update(self, name, loss):
         """Back-propagate `loss` and step the optimizer of "G" or "D". The only place that does either."""
@@ -495,7 +495,7 @@ def save_samples(path, model, runtime, real_A, real_B):
     with runtime.autocast():
         fake_B, fake_A = AB(real_A), BA(real_B)
         rows = [real_A, fake_B, BA(fake_B), real_B, fake_A, AB(fake_A)]
-    save(path, save_png, torch.cat(rows), nrow=len(real_A))
+    save(path, save_png, torch.cat(rows).cpu(), nrow=len(real_A))
 
 class Log:
     """The mean of every term since the last row: into log.csv (its lines: `rows`) and onto the terminal."""
@@ -578,7 +578,7 @@ def train(args):
     if not saved and os.path.exists(f"{args.out_dir}/latest.pt"):
         die(f"{args.out_dir} holds a run: go on with --resume {args.out_dir}, or choose another --out_dir")
     total = min((args.epochs + args.epochs_decay) * data.epoch_steps, args.max_steps or 10**12)
-    runtime.prepare(model, args, total)
+    runtime.prepare(model, args, total - (saved["pairs"] // step_pairs if saved else 0))
     pools = {"A": ImagePool(args.pool_size), "B": ImagePool(args.pool_size)}
     torch.manual_seed(args.seed + runtime.rank)                 # what comes by chance from here on: the pools
     parts = {"model": model, "scaler": runtime.scaler, **runtime.optimizers}
@@ -620,15 +620,13 @@ def train(args):
     saved or checkpoint(0)                                      # a disk that cannot be written to shows now
     batches = iter(make_loader(data, range(first, total), runtime))
     for step in range(first, total):
-        asked = time.time()
-        real_A, real_B = next(batches)
-        waited = time.time() - asked
+        asked, (real_A, real_B), got = time.time(), next(batches), time.time()
         rate = lr_at(step, args, data.epoch_steps)
         for optimizer in runtime.optimizers.values():
             optimizer.param_groups[0].update(lr=rate, betas=(args.beta1, 0.999))
         terms = train_step(model, pools, runtime, runtime.to_float(real_A), runtime.to_float(real_B))
         step += 1                                               # from here on: steps done
-        log.add(step, terms, waited)
+        log.add(step, terms, got - asked)
         runtime.average([stopping := torch.tensor(float(len(signals)))])    # on the CPU: no wait for a GPU
         last = step == total or stopping
         saving = last or step % args.save_every == 0 or step % data.epoch_steps == 0
@@ -751,9 +749,11 @@ def main(argv=None):
     [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)]       # no traceback
     try:
         return bool((demo if args.demo else translate if args.mode == "translate" else train)(args))
-    except torch.OutOfMemoryError:
-        die("out of memory: a smaller --size, --batch_size or --ngf needs less")
-    except (ImportError, OSError) as error:                     # no tensorboard, no space for log.csv, ...
+    except (ImportError, OSError, MemoryError, RuntimeError) as error:      # no tensorboard, a full disk, ...
+        if "memory" in repr(error).lower():
+            die("out of memory: a smaller --size, --batch_size or --ngf needs less")
+        if isinstance(error, RuntimeError):                     # a bug: with all its lines
+            raise
         die(str(error).splitlines()[-1])
 
 if __name__ == "__main__":
