@@ -21,11 +21,8 @@ Names. The suffix is the domain of the picture: fake_B passes for a B, idt_A is 
 
 What to change where. A generator: a class with its `multiple`, a line in GENERATORS. A GAN loss: a line in
 GAN_LOSSES. A term: a line in CycleGAN.generator_loss; the log follows. Augmentation: fit. Schedule: lr_at.
-
-The file follows a picture from its folder to the checkpoint: 1 flags, 2 data, 3 generators, 4 discriminator,
-5 image pool, 6 objective, 7 one step, 8 plumbing (skip it at first), 9 outputs, 10 train, 11 translate.
 """
-import argparse, functools, os, shlex, signal, sys, time, zlib
+import argparse, atexit, datetime, functools, os, shlex, signal, sys, time, zlib
 
 import numpy as np
 import torch
@@ -44,7 +41,6 @@ def die(message):
     sys.exit(2)
 
 # ---- 1. Flags ----------------------------------------------------------------------------------------------
-# All there is to set, with its (default), and when to touch it. Nothing is parsed at import.
 def within(kind, low, high):
     """An argparse type: an int or a float from `low` to `high`."""
     def number(text):
@@ -54,12 +50,12 @@ def within(kind, low, high):
     return number
 
 def get_args(argv=None):
-    """-> Namespace; its `given` names the flags that were typed, which override a resumed run's."""
+    """All there is to set -> Namespace; its `given`: what was typed, a dict, which a resumed run obeys."""
     parser = argparse.ArgumentParser("cyclegan.py", description=__doc__.split("\n")[1], allow_abbrev=False)
     add, parser.error = parser.add_argument, die
     add("--mode", choices=["train", "translate"], default="train", help="(train)")
     add("--demo", action="store_true", help="draw toy faces, train small, translate, measure the error")
-    add("--out_dir", metavar="DIR", help="folder of the run (runs/black2blond, from the folders' names)")
+    add("--out_dir", metavar="DIR", type=os.path.normpath, help="of the run (runs/A2B, the folders' names)")
     add("--resume", metavar="RUN", help="folder or latest.pt of a run to go on with; needs no other flag")
     add("--seed", type=within(int, 0, 2**31), default=0, help="of weights, order, augmentation and pool (0)")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu (auto: the first of these that there is)")
@@ -99,12 +95,12 @@ def get_args(argv=None):
     add("--round_trip", action="store_true", help="write NAME_back.png as well: there and back again")
     add("--truth", metavar="DIR", help="the right answers, under the same names: prints the error")
     args = parser.parse_args(argv)
-    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args), add)))       # add: untyped
-    args.given = [name for name, value in vars(typed).items() if value is not add]
+    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))    # None: not typed
+    args.given = {name: value for name, value in vars(typed).items() if value is not None}
     args.blocks = args.blocks if args.blocks is not None else 9 if args.size >= 256 else 6
     args.load_size = args.load_size or args.size * 286 // 256
-    needed = ["checkpoint", "input", "output"] if args.mode == "translate" else ["dataA", "dataB"]
-    for name in needed if args.mode == "translate" or not (args.demo or args.resume) else []:
+    to_train = [] if args.demo or args.resume else ["dataA", "dataB"]
+    for name in ["checkpoint", "input", "output"] if args.mode == "translate" else to_train:
         getattr(args, name) or die(f"--{name} is needed to {args.mode}; see --help, or try --demo")
     args.epochs + args.epochs_decay or die("--epochs and --epochs_decay are both 0")
     return args
@@ -114,7 +110,7 @@ def get_args(argv=None):
 # travel as uint8; on the device they become floats in [-1, 1], the range of the generators' tanh.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 def find_images(top):
-    """Sorted names of the pictures in a folder and below, relative to it; none hidden. Exits without any."""
+    """Sorted names of the pictures in a folder and below, relative to it; none hidden. Exits if none."""
     os.path.isdir(top) or die(f"no folder {top}")
     found = []
     for folder, folders, names in os.walk(top, onerror=warn):
@@ -129,12 +125,11 @@ def read_image(path, side=None):
     try:
         with open(path, "rb") as file, Image.open(file) as image:
             image.draft(None, (side, side) if side else image.size)     # JPEG at 1/2, 1/4, 1/8: much faster
-            image = ImageOps.exif_transpose(image)              # phones store how to turn, not the turned
+            image = ImageOps.exif_transpose(image)              # phones store the turn as a tag
         if image.mode.startswith("I"):                          # 16-bit grey: convert() clips it to white
             image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
         if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
         return image.convert("RGB")
     except Exception as error:                                  # decoders raise anything on broken files
         raise OSError(f"cannot read {path}: {error}") from None
@@ -145,7 +140,7 @@ def fit(image, args, rng=None):
     (w, h), load_size = image.size, args.load_size if rng else args.size
     if args.mode == "translate" and args.native:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    step = np.array([w, h] if args.resize == "stretch" else [min(w, h)] * 2) / load_size    # in old pixels
+    step = np.array([w, h] if args.resize == "stretch" else [min(w, h)] * 2) / load_size    # old pixels
     corner = (rng.random(2) if rng else 0.5) * ([w, h] - args.size * step)
     box = np.clip([*corner, *(corner + args.size * step)], 0, [w, h, w, h])
     image = image.resize((args.size, args.size), Image.Resampling.BICUBIC, box=tuple(box))
@@ -159,9 +154,8 @@ def shuffled(n, *seed):
 
 class UnpairedImages(torch.utils.data.Dataset):
     """Item n of an endless stream: (A, B), each (3, size, size) uint8, drawn from their folders separately.
-    An epoch has every picture of the larger domain once, repeats the smaller, and fills its last step up to
-    `step_pairs`. An item is a pure function of (seed, epoch, index), whoever loads it: so a resumed run is
-    the same run. Exits on a folder that is missing, without pictures, or given twice."""
+    An epoch has every picture of the larger domain once, repeats the smaller, and fills its last step up.
+    An item depends on (seed, epoch, index) alone, whoever loads it: so a resumed run is the same run."""
     def __init__(self, args, step_pairs=1):
         self.args, self.files, self.names, self.bad = args, [], [], []
         args.load_size >= args.size or die(f"--load_size {args.load_size} is smaller than --size {args.size}")
@@ -196,7 +190,7 @@ class UnpairedImages(torch.utils.data.Dataset):
         raise OSError(f"--data{'AB'[domain]}: hardly a picture there can be read")
 
 def quiet_worker(_):
-    """Signals are for the main process; it still needs batches to finish its step, for 20 s at most."""
+    """Signals are for the main process, which still needs a batch to end its step; SIGTERM: 20 s more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
 
 def make_loader(data, steps, runtime):
@@ -217,7 +211,7 @@ class InstanceNorm(nn.Module):
     """Each channel of each picture to mean 0 and variance 1, (N, C, H, W) -> same; nothing learned. Not
     nn.InstanceNorm2d: its CPU gradients are wrong for a single picture in channels_last (torch 2.15)."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # in CUDA's, all that follows were float32
+        with torch.autocast(x.device.type, enabled=False):      # CUDA's would make it float32
             return F.group_norm(x, x.shape[1])
 
 def upsample(n_in, n_out, args, kernel=3):
@@ -269,11 +263,12 @@ class UNetGenerator(nn.Module):
         n = [3] + [args.ngf * min(2**k, 8) for k in range(levels)]
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for k in range(levels):                 # no norm outermost; nor innermost: on 1x1 it leaves 0
-            relu, norm = [nn.LeakyReLU(0.2)] * (k > 0), [InstanceNorm()] * (0 < k < levels - 1)
+            relu = [nn.LeakyReLU(0.2)] if k > 0 else []
+            norm = [InstanceNorm()] if 0 < k < levels - 1 else []
             self.downs.append(nn.Sequential(*relu, nn.Conv2d(n[k], n[k + 1], 4, 2, 1), *norm))
         for k in reversed(range(levels)):       # fed from below and, but for the innermost, from across
             conv = upsample(n[k + 1] * (1 if k == levels - 1 else 2), n[k], args, kernel=4)
-            self.ups.append(nn.Sequential(nn.ReLU(), conv, *[InstanceNorm()] * (k > 0)))
+            self.ups.append(nn.Sequential(nn.ReLU(), conv, *([InstanceNorm()] if k > 0 else [])))
 
     def forward(self, x):                       # (N,   3, H,     W)
         across = []
@@ -301,7 +296,7 @@ class PatchDiscriminator(nn.Sequential):
             nn.Conv2d(2 * n, 4 * n, 4, 2, 1), InstanceNorm(), nn.LeakyReLU(0.2),    # (N, 256, H/8,   W/8)
             nn.Conv2d(4 * n, 8 * n, 4, 1, 1), InstanceNorm(), nn.LeakyReLU(0.2),    # (N, 512, H/8-1, W/8-1)
             nn.Conv2d(8 * n, 1, 4, 1, 1))                                           # (N,   1, H/8-2, W/8-2)
-    def forward(self, x):                           # of its own: else torch 2.11 does not compile it whole
+    def forward(self, x):                           # inherited, it is not compiled whole by torch 2.11
         return super().forward(x)
 
 def init_weights(module):
@@ -335,9 +330,9 @@ class ImagePool:
 # colours inverted, can be undone on the way. Identity (§5.2): G_AB leaves a real B as it is, colours and all.
 #   Healthy (lsgan): D(real) and D(fake) stay apart but near 0.5; D_A, D_B are 0.1 to 0.25 (0.25: guessing),
 # adv 0.3 to 0.6; cycle and idt (logged times their weight) fall for long. Dead: D_A, D_B near 0, adv near 1,
-# for good. Copying: the same numbers, but fake_B looks like its real_A, which D_B finds out without trouble.
+# for good. Copying: the same numbers, for fake_B is real_A again, which D_B tells with ease: see the grid.
 def lsgan(scores, target):
-    """Least squares (§4, Mao et al. 2017): a fake that D takes for real, but far off, is still pulled in."""
+    """Least squares (§4, Mao et al. 2017): a fake taken for real, but not near 1, is still moved."""
     return F.mse_loss(scores, torch.full_like(scores, target))
 
 def bce(scores, target):
@@ -351,7 +346,7 @@ def focal(scores, target, gamma=2.0):
 
 def ghm(scores, target, bins=10):
     """GHM-C, Li et al. 2019, Eq. 7: mean cross-entropy in each bin of like gradient |p - target|, then over
-    the bins in use: neither the many easy patches rule nor a few outliers."""
+    the bins in use: neither the many easy patches nor a few outliers rule."""
     entropy = F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, target), reduction="none")
     bin_of = ((scores.detach().sigmoid() - target).abs() * bins).long().clamp(max=bins - 1)
     in_bin = F.one_hot(bin_of.flatten(), bins).to(entropy.dtype)                # (patches, bins)
@@ -382,8 +377,7 @@ class CycleGAN(nn.Module):
         out_A = self.G.BA(torch.cat([real_B, real_A]) if identity else real_B)
         fake_B, idt_B = out_B[:n], out_B[n:]
         fake_A, idt_A = out_A[:n], out_A[n:]
-        rec_A = self.G.BA(fake_B)
-        rec_B = self.G.AB(fake_A)
+        rec_A, rec_B = self.G.BA(fake_B), self.G.AB(fake_A)
         terms = {"adv_AB": self.g_loss(self.D.B(fake_B), 1.0),
                  "adv_BA": self.g_loss(self.D.A(fake_A), 1.0),
                  "cycle_A": self.lambda_cycle * (rec_A - real_A).abs().mean(),
@@ -394,7 +388,7 @@ class CycleGAN(nn.Module):
         return sum(terms.values()), terms, fake_A.detach(), fake_B.detach()
 
     def discriminator_loss(self, real_A, real_B, fake_A, fake_B):
-        """Real is to score 1, fake 0; halved, which is to slow D (§7.1; Adam hardly feels a factor).
+        """Real is to score 1, fake 0. Halved, meant to slow D (§7.1), though Adam hardly feels a factor.
         -> loss, terms (the two losses, and the mean raw scores of real and fake; logits, but for lsgan)."""
         n = len(real_A)
         score_A = self.D.A(torch.cat([real_A, fake_A]))
@@ -419,9 +413,9 @@ def train_step(model, pools, runtime, real_A, real_B):
     return g_terms | d_terms
 
 # ---- 8. Plumbing -------------------------------------------------------------------------------------------
-# Skip this on first reading: nothing here changes the mathematics. Device, precision, compiling, processes.
 class Runtime:
-    """Where and how a step runs: device, precision, optimizers; this process's `rank` among `world`."""
+    """Skip this on first reading: nothing here changes the mathematics. Where and how a step runs: device,
+    precision, compiling, optimizers; this process's `rank` among `world` processes."""
     def __init__(self, args):
         env = lambda name, default: int(os.environ.get(name, default))          # set by torchrun
         self.rank, self.world = env("RANK", 0), env("WORLD_SIZE", 1)
@@ -443,27 +437,29 @@ class Runtime:
         self.autocast = lambda: torch.autocast(self.device.type, self.dtype, enabled=amp != "off")
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")     # else it does nothing
         if self.world > 1 and not dist.is_initialized():
-            backend, device = ("cpu:gloo,cuda:nccl", self.device) if cuda else ("gloo", None)
-            dist.init_process_group(backend, device_id=device)
+            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+            dist.init_process_group(backend, device_id=self.device if cuda else None)
+            atexit.register(dist.destroy_process_group)         # or torch may abort while the process ends
     def prepare(self, model, args, steps):
         """Move the networks here, give them optimizers, and compile them if `steps` steps are worth it."""
         adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
         self.optimizers = {k: adam(nets.parameters()) for k, nets in model.to(self.device).named_children()}
         torch.backends.cudnn.benchmark = True                   # sizes stay: try every algorithm once
         if args.compile == "on" or args.compile == "auto" and self.device.type == "cuda" and steps >= 2000:
-            torch._dynamo.config.suppress_errors = args.compile == "auto"   # no C compiler, old GPU: without
-            [network.compile(dynamic=False) for network in (*model.G.values(), *model.D.values())]
+            torch._dynamo.config.suppress_errors = args.compile == "auto"   # no compiler, old GPU: run eager
+            for network in (*model.G.values(), *model.D.values()):
+                network.compile(dynamic=False)
     def update(self, name, loss):
         """Back-propagate `loss` and step the optimizer of "G" or "D". The only place that does either."""
         optimizer = self.optimizers[name]
-        optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.average([p.grad for p in optimizer.param_groups[0]["params"]])
         self.scaler.step(optimizer)                             # after averaging: one overflow is everyone's
         self.scaler.update()
+        for each in self.optimizers.values():                   # at once: the next pass needs the memory
+            each.zero_grad()
     def average(self, tensors):
-        """Mean over processes, in place: a flat all-reduce. On paper, G's 91 MB take 0.5 ms on 8 GPUs with
-        NVLink, 15 ms over 100 Gbit/s: overlap with the backward pass would not show, or not help enough."""
+        """Mean over processes, in place: one flat all-reduce, after the backward pass, not during it."""
         if self.world > 1:
             flat = nn.utils.parameters_to_vector(tensors)
             try:
@@ -506,7 +502,7 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
             self.board = SummaryWriter(args.out_dir)
     def add(self, step, terms, waited):
-        """Count a step's terms, without making the device wait, and the seconds it waited for data."""
+        """Add up a step's terms, without waiting for the device, and the seconds spent waiting for data."""
         self.sums = {name: self.sums.get(name, 0) + term.detach().float() for name, term in terms.items()}
         self.steps, self.waited = self.steps + 1, self.waited + waited
         if self.runtime.rank == 0 and sys.stdout.isatty():
@@ -516,23 +512,23 @@ class Log:
         """Write the row that ends with `step`, means over processes. Exits if one is not finite."""
         means = torch.stack(list(self.sums.values())) / self.steps
         self.runtime.average([means])
-        means, seconds = dict(zip(self.sums, means.tolist())), time.time() - self.start
+        seconds, means = time.time() - self.start, dict(zip(self.sums, means.tolist()))
         if bad := [name for name, value in means.items() if not np.isfinite(value)]:
             die(f"step {step}: {', '.join(bad)} not finite; stopped. The last checkpoint is kept: --resume "
                 "it with a lower --lr or with --amp off")
         speed = 2 * self.steps * self.args.batch_size * self.runtime.world / seconds      # A and B
         row = {"step": step, "epoch": step / self.epoch_steps, "rate": rate, **means,
                "images_per_s": round(speed, 2), "waiting": round(self.waited / seconds, 4)}
-        lines = [",".join(map(str, part)) + "\n" for part in (row, row.values())]
-        self.rows += lines[lines[0] in self.rows:]              # the header: at first, and when terms change
+        header, line = (",".join(map(str, part)) + "\n" for part in (row, row.values()))
+        headers = [old for old in self.rows if old.startswith("step")]
+        self.rows += [line] if headers[-1:] == [header] else [header, line]     # at first; when terms change
         if self.runtime.rank == 0:                              # at first, also those of before a resume
             with open(f"{self.args.out_dir}/log.csv", "a" if self.written else "w") as file:
                 file.writelines(self.rows[self.written:])
-            left = int((self.total - step) * seconds / self.steps)
             print(f"step {step}/{self.total}  epoch {row['epoch']:.2f}  rate {rate:.2e}  "
                   + "  ".join(f"{name} {value:.3f}" for name, value in means.items())
                   + f"  {speed:.1f} images/s  waiting {row['waiting']:.0%}  "
-                  f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02} to go", flush=True)
+                  f"{datetime.timedelta(0, (self.total - step) * seconds // self.steps)} to go", flush=True)
             for name, value in means.items() if self.args.tensorboard else ():
                 self.board.add_scalar(name, value, step)
         self.written, self.sums, self.start, self.steps, self.waited = len(self.rows), {}, time.time(), 0, 0.0
@@ -546,25 +542,20 @@ def load_checkpoint(path):
         die(f"{path} cannot be read: no checkpoint, or only a part of one ({type(error).__name__})")
 
 # ---- 10. Train ---------------------------------------------------------------------------------------------
-# The loop and what surrounds it: a batch, a rate, a step; now and then a row, a grid, a checkpoint.
 def lr_at(step, args, epoch_steps):
     """The rate of a step, from 0 on: constant for `epochs`, then linear to 0 in `epochs_decay` (§7.1)."""
     decayed = step - args.epochs * epoch_steps
     return args.lr * min(1.0, 1 - decayed / max(1, args.epochs_decay * epoch_steps))
 
-def under(args, saved):
-    """Saved flags, over the defaults and under what was typed."""
-    return argparse.Namespace(**{**vars(args), **saved, **{name: getattr(args, name) for name in args.given}})
-
 def resume_flags(args):
     """-> flags and checkpoint of the run that --resume names."""
     saved = load_checkpoint(args.resume)
     "ranks" in saved or die(f"{args.resume} is not a run's latest.pt (generators.pt is for --mode translate)")
+    saved["args"]["out_dir"] = os.path.normpath(args.resume + ("/.." if os.path.isfile(args.resume) else ""))
     for name in {"generator", "blocks", "ngf", "ndf", "upsample", "size", "seed", "out_dir"} & {*args.given}:
-        old, new = saved["args"][name], getattr(args, name)
+        old, new = saved["args"][name], args.given[name]
         old == new or die(f"--{name} {new}: the run has {old}, and that cannot change on the way")
-    folder = args.resume if os.path.isdir(args.resume) else os.path.dirname(os.path.abspath(args.resume))
-    return under(args, saved["args"] | {"out_dir": folder}), saved
+    return argparse.Namespace(**vars(args) | saved["args"] | args.given), saved
 
 def train(args):
     """Train, from scratch or from --resume; fills args.out_dir."""
@@ -578,22 +569,23 @@ def train(args):
     if not saved and os.path.exists(f"{args.out_dir}/latest.pt"):
         die(f"{args.out_dir} holds a run: go on with --resume {args.out_dir}, or choose another --out_dir")
     total = min((args.epochs + args.epochs_decay) * data.epoch_steps, args.max_steps or 10**12)
-    runtime.prepare(model, args, total - (saved["pairs"] // step_pairs if saved else 0))
+    first = saved["pairs"] // step_pairs if saved else 0        # in steps of now: the batch may be another
+    runtime.prepare(model, args, total - first)
     pools = {"A": ImagePool(args.pool_size), "B": ImagePool(args.pool_size)}
-    torch.manual_seed(args.seed + runtime.rank)                 # what comes by chance from here on: the pools
+    torch.manual_seed(args.seed + runtime.rank)                 # from here on only the pools draw from it
     parts = {"model": model, "scaler": runtime.scaler, **runtime.optimizers}
-    log, out, first = Log(args, runtime, total, data.epoch_steps), args.out_dir, 0
+    log, out = Log(args, runtime, total, data.epoch_steps), args.out_dir
     say = functools.partial(print, flush=True) if runtime.rank == 0 else lambda *_: None
     if saved:
         saved["names"] == data.names or die(f"--dataA, --dataB: not the pictures of {out}")
         for name, part in parts.items():
             saved[name] and part.load_state_dict(saved[name])       # empty: a scaler that was off
-        log.rows, first = saved["rows"], saved["pairs"] // step_pairs       # the batch may be another now
-        mine = saved["ranks"][runtime.rank % len(saved["ranks"])]
+        log.rows, n = saved["rows"], len(saved["ranks"])
+        mine = saved["ranks"][runtime.rank % n]                 # this process's random state and pools
         torch.set_rng_state(mine["rng"])
         for name, pool in pools.items():
             pool.images = [image.to(runtime.device) for image in mine[name][:pool.size]]
-        (n := len(saved["ranks"])) == runtime.world or say(f"{n} processes before, {runtime.world} now")
+        n == runtime.world or say(f"{n} processes before, {runtime.world} now")
         if first >= total:
             return say(f"{out} is finished, {first} steps; for more, raise --epochs or --max_steps")
     say(f"{out}: {len(data.files[0])} A, {len(data.files[1])} B, {data.epoch_steps} steps an epoch, "
@@ -613,10 +605,12 @@ def train(args):
             save(f"{out}/generators.pt", torch.save, dict(args=flags, model=model.G.state_dict(prefix="G.")))
             save(f"{out}/latest.pt", torch.save, state)
     signals = []
-    for number in (signal.SIGINT, signal.SIGTERM):              # a second Ctrl-C ends at once
-        signal.signal(number, lambda n, _: signals.append(n) or n == 2 and signal.signal(n, signal.SIG_DFL))
-    fixed_A, fixed_B = (runtime.to_float(torch.stack([data.deal(domain, 0, i, augment=False) for i in range(
-        min(6, *map(len, data.files)))])) for domain in (0, 1))
+    def stop(number, _):                                        # noted now, acted on after the step
+        signals.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)            # a second Ctrl-C ends at once
+    signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
+    fixed = [[data.deal(domain, 0, i, augment=False) for i in range(6)] for domain in (0, 1)]
+    fixed_A, fixed_B = (runtime.to_float(torch.stack(images)) for images in fixed)
     saved or checkpoint(0)                                      # a disk that cannot be written to shows now
     batches = iter(make_loader(data, range(first, total), runtime))
     for step in range(first, total):
@@ -627,8 +621,10 @@ def train(args):
         terms = train_step(model, pools, runtime, runtime.to_float(real_A), runtime.to_float(real_B))
         step += 1                                               # from here on: steps done
         log.add(step, terms, got - asked)
-        runtime.average([stopping := torch.tensor(float(len(signals)))])    # on the CPU: no wait for a GPU
+        stopping = torch.tensor(float(len(signals)))            # on the CPU: no wait for a GPU
+        runtime.average([stopping])                             # one process is to stop: all do
         last = step == total or stopping
+        batches = None if last else batches                     # the workers end before the saving begins
         saving = last or step % args.save_every == 0 or step % data.epoch_steps == 0
         if saving or step % args.log_every == 0:
             log.row(step, rate)                                 # ends the run on a loss that is not finite
@@ -642,7 +638,7 @@ def train(args):
 
 # ---- 11. Translate -----------------------------------------------------------------------------------------
 # One generator is enough: the other, and both discriminators, were only there to teach it.
-def load_generator(path, direction):
+def load_generator(path, direction, device="cpu"):
     """-> one generator, of a run's generators.pt or bare from other CycleGAN code, and its flags (a dict).
     Layers have other names there, but the convolutions and their order are the same: it loads by order."""
     state = load_checkpoint(path)
@@ -650,9 +646,9 @@ def load_generator(path, direction):
     prefix = f"G.{direction[0] + direction[-1]}." if flags else ""
     weights = {k: v for k, v in state.items() if torch.is_tensor(v) and k.startswith(prefix) and (
         flags or not k.endswith(("running_mean", "running_var", "num_batches_tracked")))}       # old official
-    convs = [value.shape for value in weights.values() if value.ndim == 4]
-    flags or len(convs) > 5 and convs[0][1] == 3 or die(f"{path} holds no generator of a CycleGAN")
-    if not flags:
+    if not flags:                                               # read off the shapes of its convolutions
+        convs = [value.shape for value in weights.values() if value.ndim == 4]
+        len(convs) > 5 and convs[0][1] == 3 or die(f"{path} holds no generator of a CycleGAN")
         unet, deconv = convs[0][2] == 4, convs[-3][0] > convs[-3][1]
         flags = {"generator": "unet" if unet else "resnet", "size": 2 ** (len(convs) // 2) if unet else 256,
                  "upsample": "deconv" if unet or deconv else "nearest", "ngf": convs[0][0],
@@ -663,7 +659,7 @@ def load_generator(path, direction):
     G.load_state_dict(dict(zip(G.state_dict(), weights.values())))
     if any("down_blocks" in name for name in weights):          # the DGAI book's chapter pads by reflection
         G.down1[0].padding_mode = G.down2[0].padding_mode = "reflect"
-    return G, flags
+    return G.to(device), flags
 
 def translate_any(G, x):
     """G on one (1, 3, H, W) of any size: mirrored out to the multiple that G needs, and cut back."""
@@ -691,11 +687,13 @@ def plan(args):
 @torch.no_grad()
 def translate(args):
     """Translate all of --input into --output; returns how many could not be."""
-    runtime, jobs, other = Runtime(args), plan(args), "BtoA" if args.direction == "AtoB" else "AtoB"
-    there, flags = load_generator(args.checkpoint, args.direction)
-    back = load_generator(args.checkpoint, other)[0].to(runtime.device) if args.round_trip else None
-    args.round_trip and "seed" not in flags and die("--round_trip needs a run's generators.pt: both ways")
-    there, args, sums = there.to(runtime.device), under(args, flags), torch.zeros(8)
+    runtime, jobs = Runtime(args), plan(args)
+    there, flags = load_generator(args.checkpoint, args.direction, runtime.device)
+    if args.round_trip:
+        "seed" in flags or die("--round_trip needs a run's generators.pt: both ways")
+        other = "BtoA" if args.direction == "AtoB" else "AtoB"
+        back, _ = load_generator(args.checkpoint, other, runtime.device)
+    args, sums = argparse.Namespace(**vars(args) | flags | args.given), torch.zeros(9)
     load = lambda path: runtime.to_float(fit(read_image(path), args))[None]
     truths = {os.path.join(args.output, os.path.splitext(name)[0]): os.path.join(args.truth, name)
               for name in (find_images(args.truth) if args.truth else [])}
@@ -707,33 +705,33 @@ def translate(args):
             save(f"{target}.png", save_png, y)
             if args.round_trip:
                 save(f"{target}_back.png", save_png, translate_any(back, y))
+            sums[7] += 1
             if target in truths:
                 truth = load(truths[target])
-                differ, off = (x != truth).any(1), (y - truth).abs().mean(1)
+                changed, miss = (x != truth).any(1), (y - truth).abs().mean(1)
                 psnr = -10 * ((y - truth) / 2).square().mean().log10()
-                sums[:7] += torch.tensor([off[differ].sum(), (x - truth).abs().mean(1).sum(), differ.sum(),
-                                          off.sum(), off.numel(), psnr, 1])
+                sums[:7] += torch.tensor([miss[changed].sum(), (x - truth).abs().mean(1).sum(), changed.sum(),
+                                          miss.sum(), miss.numel(), psnr, 1])
         except (OSError, RuntimeError) as error:
             warn(error if path in str(error) else f"{path}: {error}")
-            sums[7] += 1
+            sums[8] += 1
     runtime.average([sums])
-    diff, before, n_diff, off, n, psnr, pictures, failed = (sums * runtime.world).tolist()
-    runtime.rank or print(f"translated {len(jobs) - failed:.0f} of {len(jobs)} pictures into {args.output}")
-    if runtime.rank == 0 and pictures:
-        print(f"{pictures:.0f} compared: absolute error {off / n:.3f}, PSNR {psnr / pictures:.1f} dB; where "
-              f"input and truth differ {diff / (n_diff or 1):.3f}, {diff / (before or 1):.1%} of input's; "
-              f"elsewhere {(off - diff) / (n - n_diff or 1):.3f}", flush=True)
+    inner, before, n_inner, miss, n, psnr, compared, done, failed = (sums * runtime.world).tolist()
+    runtime.rank or print(f"translated {done:.0f} of {len(jobs)} pictures into {args.output}")
+    if runtime.rank == 0 and compared:
+        print(f"{compared:.0f} compared: absolute error {miss / n:.3f}, PSNR {psnr / compared:.1f} dB; where "
+              f"input and truth differ {inner / (n_inner or 1):.3f}, {inner / (before or 1):.1%} of input's; "
+              f"elsewhere {(miss - inner) / (n - n_inner or 1):.3f}", flush=True)
     return failed
 
-DEMO = ("--dataA files/toy/black --dataB files/toy/blond --out_dir OUT --size 64 --load_size 68 "
-        "--generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off")
-
-def demo(args):
+def demo(argv, args):
     """Draw toy faces, then run the plain commands it prints, each with the flags typed beside --demo."""
     from prepare_celeba import toy_faces
     toy_faces("files/toy", 400, 50)
-    out, typed = args.out_dir or "runs/demo", [word for word in sys.argv[1:] if word != "--demo"]
-    commands = ["--resume OUT" if os.path.exists(f"{out}/latest.pt") else DEMO]
+    out, typed = args.out_dir or "runs/demo", [word for word in argv if word != "--demo"]
+    new = ("--dataA files/toy/black --dataB files/toy/blond --out_dir OUT --size 64 --load_size 68 --lr 1e-3 "
+           "--generator unet --ngf 16 --ndf 16 --batch_size 4 --epochs 8 --epochs_decay 16 --amp off")
+    commands = ["--resume OUT" if os.path.exists(f"{out}/latest.pt") else new]
     for direction, a, b in (("AtoB", "black", "blond"), ("BtoA", "blond", "black")):
         commands.append(f"--mode translate --checkpoint OUT/generators.pt --direction {direction} "
                         f"--input files/toy/{a}_test --truth files/toy/{b}_test --output OUT/{b}")
@@ -743,18 +741,20 @@ def demo(args):
         main(words)
     print(f"\nopen {out}/samples/{max(os.listdir(f'{out}/samples'))}: rows 2 and 5 are made, 1 and 4 real")
 
-def main(argv=None):
-    """Run a command line; returns its exit status."""
+def main(argv):
+    """Run a command line, a list of words; returns its exit status."""
     args = get_args(argv)
-    [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)]       # no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                # no traceback
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
-        return bool((demo if args.demo else translate if args.mode == "translate" else train)(args))
+        run = functools.partial(demo, argv) if args.demo else translate if args.mode == "translate" else train
+        return bool(run(args))
     except (ImportError, OSError, MemoryError, RuntimeError) as error:      # no tensorboard, a full disk, ...
-        if "memory" in repr(error).lower():
+        if any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):
             die("out of memory: a smaller --size, --batch_size or --ngf needs less")
         if isinstance(error, RuntimeError):                     # a bug: with all its lines
             raise
         die(str(error).splitlines()[-1])
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

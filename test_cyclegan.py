@@ -313,7 +313,7 @@ def test_what_a_run_writes(data, capsys):
     assert len(lines[0]) == len(lines[1]) == 15 and {"cycle_A", "idt_B", "D(fake)", "rate"} < set(lines[0])
     assert {*os.listdir("x")} == {"generators.pt", "latest.pt", "log.csv", "samples"}
     assert sorted(os.listdir("x/samples")) == [f"step_{i:07}.png" for i in (4, 8, 11)]
-    assert Image.open("x/samples/step_0000011.png").size == (5 * 34 + 2, 6 * 34 + 2)
+    assert Image.open("x/samples/step_0000011.png").size == (6 * 34 + 2, 6 * 34 + 2)
     assert re.search("(?s)batch 2, rate 0.0002\n.*step 3/11.*waiting.*to go", capsys.readouterr().out)
 def test_compiled_networks_give_the_same_and_save_the_same(data, monkeypatch):
     """With a cheap backend: whole networks, one graph for each kind of call; compiling a fifth one fails."""
