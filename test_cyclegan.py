@@ -2,12 +2,11 @@
 The tests of cyclegan.py and prepare_celeba.py, the textbook step, and the benchmark.
   pytest                                                     minutes on two cores, without a GPU or a network
   python test_cyclegan.py --bench --size 128 --batch_size 4  the real step and the textbook step in turns
-
-The textbook step is the paper written down plainly: PyTorch's own layers, one network call for each arrow of
-its Figure 3, nothing merged. Every fast path of cyclegan.py has to give the same losses and gradients.
+The textbook step is the paper with PyTorch's own layers, one call for each arrow of its Figure 3, nothing
+merged. Every fast path of cyclegan.py has to give the same losses and gradients.
 """
-import argparse, contextlib, functools, itertools, multiprocessing, os, pathlib, pickle, re, resource, shutil
-import gc, signal, socket, statistics, subprocess, sys, time, types, zipfile
+import argparse, atexit, contextlib, functools, gc, itertools, multiprocessing, os, pathlib, pickle, re
+import resource, shutil, signal, socket, statistics, subprocess, sys, time, types, zipfile
 import numpy as np, pytest, torch
 import torch.nn.functional as F
 from PIL import Image
@@ -74,12 +73,11 @@ def textbook_gan_loss(name, scores, real, for_d):
 class Textbook:
     """The paper's four networks and its objective, Eqs 1-3 and §5.2, with one call a network and purpose."""
     def __init__(self, args):
-        def generator():
-            if args.generator == "resnet":
-                return textbook_resnet(args.ngf, args.blocks, args.upsample)
-            levels = min(8, (args.size & -args.size).bit_length() - 1)          # how often the size halves
-            return TextbookUNet(args.ngf, levels, upsample=args.upsample)
-        self.args = args
+        levels = min(8, (args.size & -args.size).bit_length() - 1)      # how often the size halves
+        unet = lambda: TextbookUNet(args.ngf, levels, upsample=args.upsample)
+        resnet = lambda: textbook_resnet(args.ngf, args.blocks, args.upsample)
+        generator = unet if args.generator == "unet" else resnet
+        self.args, self.gan = args, functools.partial(textbook_gan_loss, args.gan_loss)
         self.G_AB, self.G_BA = generator(), generator()
         self.D_A, self.D_B = textbook_patchgan(args.ndf), textbook_patchgan(args.ndf)
         self.networks = {"G.AB": self.G_AB, "G.BA": self.G_BA, "D.A": self.D_A, "D.B": self.D_B}
@@ -90,8 +88,6 @@ class Textbook:
             network.to(theirs[0])                               # its precision and place
             network.load_state_dict(dict(zip(network.state_dict(), theirs, strict=True)))
         return self
-    def gan(self, scores, real, for_d):
-        return textbook_gan_loss(self.args.gan_loss, scores, real, for_d)
     def generator_loss(self, a, b):
         fake_B, fake_A = self.G_AB(a), self.G_BA(b)
         rec_A, rec_B = self.G_BA(fake_B), self.G_AB(fake_A)
@@ -124,18 +120,15 @@ class Textbook:
         return loss.detach()
 
 # ---- Helpers ---------------------------------------------------------------------------------------------
-def flags(*argv):
-    """Flags of a training run on folders that nobody looks into."""
+def flags(*argv):                               # of a training run on folders that nobody looks into
     return cyclegan.get_args(["--dataA", "a", "--dataB", "b", *" ".join(argv).split()])
 def pictures(n, size, dtype=torch.float64, seed=0):
     rng = torch.Generator().manual_seed(seed)
     return [torch.rand(n, 3, size, size, generator=rng, dtype=dtype) * 2 - 1 for _ in range(2)]
-def distance(x, y):
-    """||x - y|| / ||y|| over all tensors together."""
+def distance(x, y):                             # ||x - y|| / ||y|| over all tensors together
     x, y = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (x, y))
     return float((x - y).norm() / y.norm())
-def fill(folder, n, colour=None, size=(40, 34), seed=0):
-    """n PNGs of noise, or of squares of a colour on noise."""
+def fill(folder, n, colour=None, size=(40, 34), seed=0):        # PNGs of noise; on it a coloured square
     rng = np.random.default_rng(seed)
     os.makedirs(folder, exist_ok=True)
     for i in range(n):
@@ -154,11 +147,9 @@ def data(tmp_path, monkeypatch):
     """An empty folder to work in, with a/ (7 pictures) and b/ (5)."""
     monkeypatch.chdir(tmp_path), fill("a", 7, seed=1), fill("b", 5, seed=2)
     return tmp_path
-def run(*argv):
-    """cyclegan.py's main in this process."""
+def run(*argv):                                 # cyclegan.py's main in this process
     return cyclegan.main(" ".join(map(str, argv)).split())
-def trainer(words, steps=0):
-    """-> model, pools, runtime of a training run with these flags."""
+def trainer(words, steps=0):                    # -> model, pools, runtime of a run with these flags
     args = flags(words)
     torch.manual_seed(0)
     model, runtime = cyclegan.CycleGAN(args), cyclegan.Runtime(args)
@@ -206,6 +197,14 @@ def test_steps_follow_the_textbook_within_rounding(words, bound):
         ours.append(sum(terms[k] for k in terms if not k.startswith("D")))
         theirs.append(book.step(*pair))
     assert 0 < distance(ours, theirs) < bound
+def test_cudas_autocast_keeps_activations_in_bf16():       # on tensors without values, so it needs no GPU
+    dtypes, hook = [], nn.modules.module.register_module_forward_hook(lambda _, x, y: dtypes.append(y.dtype))
+    with hook, torch._subclasses.FakeTensorMode(), torch.device("cuda"):
+        model = cyclegan.CycleGAN(flags(*SMALL))
+        torch.set_autocast_enabled("cuda", True), torch.set_autocast_dtype("cuda", torch.bfloat16)
+        loss = model.generator_loss(*torch.zeros(2, 1, 3, 32, 32))[0]
+    torch.set_autocast_enabled("cuda", False)
+    assert {*dtypes} == {torch.bfloat16} and loss.dtype == torch.float32
 def test_identity_gets_pictures_of_its_own_domain():
     """G_AB is to leave B alone and G_BA A, not the other way round: stubs whose effects can be told apart."""
     Add = lambda value: setattr(stub := nn.Identity(), "forward", lambda x: x + value) or stub
@@ -232,9 +231,9 @@ def test_numbers_of_parameters():
     kernels = [p.detach() for p in cyclegan.CycleGAN(flags("--size 64")).parameters() if p.ndim == 4]
     assert abs((w := torch.cat([p.flatten() for p in kernels])).std() - 0.02) < 1e-4 and abs(w.mean()) < 1e-4
 def test_a_score_sees_70_pixels():
-    network = cyclegan.PatchDiscriminator(flags("--ndf 2")).double()    # without norms, which see everything
-    network = nn.Sequential(*[layer for layer in network if not isinstance(layer, cyclegan.InstanceNorm)])
-    x = torch.rand(1, 3, 256, 256, dtype=torch.float64, requires_grad=True)
+    layers = cyclegan.PatchDiscriminator(flags("--ndf 2"))      # without its norms, which see everything
+    x = torch.rand(1, 3, 256, 256, requires_grad=True)
+    network = nn.Sequential(*[y for y in layers if not isinstance(y, cyclegan.InstanceNorm)])
     network(x)[0, 0, 15, 15].backward()
     seen = x.grad.abs().sum((0, 1))
     assert (seen.sum(0) > 0).sum() == 70 and (seen.sum(1) > 0).sum() == 70
@@ -248,28 +247,23 @@ def test_image_pool():
     torch.manual_seed(0)
     off, x = cyclegan.ImagePool(0), torch.rand(2, 3, 4, 4)
     assert torch.equal(off.query(x), x) and not off.images
-    pool = cyclegan.ImagePool(3)
+    pool, new = cyclegan.ImagePool(3), lambda *values: torch.tensor(values).float().view(-1, 1, 1, 1)
     for i in range(3):                                  # filling: what comes goes
-        x = torch.full((1, 3, 2, 2), float(i))
-        assert torch.equal(pool.query(x), x) and len(pool.images) == i + 1
+        assert pool.query(x := new(i)) == i and len(pool.images) == i + 1
         x += 100                                        # the pool keeps a copy
-    held, swaps = {0.0, 1.0, 2.0}, 0
+    held, swaps = {0, 1, 2}, 0
     for i in range(3, 2003):
-        out = float(pool.query(torch.full((1, 3, 2, 2), float(i)))[0, 0, 0, 0])
-        if out != i:                                    # an old one comes out, the new one takes its place
+        if (out := pool.query(new(i)).item()) != i:     # an old one comes out, the new one takes its place
             assert out in held
-            held, swaps = held - {out} | {float(i)}, swaps + 1
-        assert {float(image[0, 0, 0]) for image in pool.images} == held
+            held, swaps = held - {out} | {i}, swaps + 1
+        assert {image.item() for image in pool.images} == held
     assert 900 < swaps < 1100                           # probability 1/2
-    two = cyclegan.ImagePool(1)                         # per picture, not per batch
-    two.query(torch.zeros(1, 1, 1, 1))
-    new = torch.tensor([1.0, 2]).view(2, 1, 1, 1)
-    assert any(x != y for x, y in ((two.query(new + 10 * i).flatten() // 10 == i) for i in range(100)))
+    pool.query(x := new(*range(9999, 10009)))           # per picture, not per batch
+    assert 0 < (pool.query(x + 10) == x + 10).sum() < 10
 def test_the_rate():
     args = flags("--epochs 3 --epochs_decay 2 --lr 0.5")
     rate = [cyclegan.lr_at(step, args, epoch_steps=10) for step in range(50)]
-    assert rate[0] == rate[29] == rate[30] == 0.5       # first, last constant one, where the decay begins
-    assert rate[40] == 0.25                             # half way
+    assert [rate[k] for k in (0, 29, 30, 40)] == [0.5, 0.5, 0.5, 0.25]      # constant, decaying, half way
     assert rate[49] == pytest.approx(0.5 / 20) and all(x > y for x, y in zip(rate[30:], rate[31:]))
     assert cyclegan.lr_at(7, flags("--epochs 1 --epochs_decay 0"), 8) == 2e-4
 
@@ -282,7 +276,7 @@ def test_every_combination_of_flags_takes_a_step_downhill(generator, upsample, g
     a, b = pictures(2, 32, torch.float32)
     terms = cyclegan.train_step(model, pools, runtime, a, b)
     assert list(terms) == ["adv_AB", "adv_BA", "cycle_A", "cycle_B"] + ["idt_A", "idt_B"] * bool(identity) + [
-        "D_A", "D_B", "D(real)", "D(fake)"]
+        "D_A", "D_B", "D(real)", "D(fake)"] and all(p.grad is None for p in model.parameters())
     loss, _, fake_A, fake_B = model.generator_loss(a, b)
     runtime.update("G", loss)
     assert model.generator_loss(a, b)[0] < loss
@@ -292,12 +286,11 @@ def test_every_combination_of_flags_takes_a_step_downhill(generator, upsample, g
 def test_red_squares_become_blue(data):
     """The whole program in seconds: what is red in A is blue in B, the rest is alike."""
     fill("red", 30, (230, 30, 30), seed=1), fill("blue", 30, (30, 30, 230), seed=2)
-    fill("new", 4, (230, 30, 30), seed=3)
     run("--dataA red --dataB blue --out_dir x --size 32 --load_size 32 --ngf 8 --ndf 8 --blocks 1 --lr 2e-3",
         "--upsample nearest --batch_size 4 --max_steps 220 --device cpu --amp off --log_every 110")
-    run("--mode translate --checkpoint x/generators.pt --input new --output out --device cpu")
+    run("--mode translate --checkpoint x/generators.pt --input red --output out --device cpu")
     for i in range(4):
-        before = Image.open(f"new/{i:03}.png").resize((32, 32), Image.Resampling.BICUBIC)
+        before = Image.open(f"red/{i:03}.png").resize((32, 32), Image.Resampling.BICUBIC)
         before, after = (np.asarray(image).astype(int) for image in (before, Image.open(f"out/{i:03}.png")))
         square = before[..., 0] > 210
         assert (after[square][:, 2] > after[square][:, 0] + 60).mean() > 0.9, "red squares are blue"
@@ -359,7 +352,8 @@ def child(work, flags, hooks, folder, **env):
         code = (work or cyclegan.main)(flags.split())
     except SystemExit as error:                         # as at the top level: its frames go before the exit
         code = error.code
-    raise SystemExit(code)
+    atexit._run_exitfuncs()                             # which a Process would not: the group has to be left
+    raise SystemExit(1 if torch.distributed.is_initialized() else code)
 @pytest.fixture
 def go(tmp_path, monkeypatch):
     """go(flags) in n processes -> exit codes and outputs, of one or of all. 7 steps an epoch; for n=2, 4."""
@@ -405,7 +399,8 @@ def test_a_bug_ends_the_run_and_its_workers(go):
     assert go(f"{TINY} --workers 2", "train_step 3 bug,signal.alarm 0 end")[0] == 1
 def test_a_finished_run_goes_on_for_more_epochs_in_another_place_and_precision(go):
     assert go(f"{TINY} --amp bf16")[0] == 0
-    assert go("--resume run") == (0, "run is finished, 21 steps; for more, raise --epochs or --max_steps\n")
+    code, text = go("--resume run/latest.pt --out_dir run/")
+    assert (code, text) == (0, "run is finished, 21 steps; for more, raise --epochs or --max_steps\n")
     [os.rename(old, new) for old, new in (("run", "moved"), ("a", "a2"), ("b", "b2"))]
     for n, flags in enumerate(["--amp off --compile off", "--amp fp16", "--load_size 40 --workers 1"], 3):
         assert go(f"--resume moved --dataA a2 --dataB b2 --epochs_decay {n} --log_every 1 {flags}")[0] == 0
@@ -465,8 +460,9 @@ def test_a_checkpoint_made_on_a_gpu_goes_on_without_one(data, monkeypatch):
         patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")          # as if made there
         run("--dataA a --dataB b --out_dir x --max_steps 2", *SMALL)
     assert b"cuda:0" in pathlib.Path("x/latest.pt").read_bytes()
-    assert not run("--resume x --max_steps 3 --lambda_identity 0")          # and two columns go
-    assert [row.count(",") for row in open("x/log.csv")] == [14, 14, 12, 12]
+    for words in "--max_steps 3 --lambda_identity 0", "--max_steps 4 --lambda_identity 1":
+        assert not run("--resume x", words)                 # and two columns go, and come again
+    assert [row.count(",") for row in open("x/log.csv")] == [14, 14, 12, 12, 14, 14]
 @GPU
 def test_from_a_gpu_to_the_cpu_and_back(data):
     run("--dataA a --dataB b --out_dir x --max_steps 3", *SMALL, "--device cuda --workers 2")
@@ -575,11 +571,14 @@ def test_translate(w, tmp_path, capsys, path, turn):
 def test_truth(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(cyclegan, "load_generator", lambda *_: (nn.Identity(), {}))
     monkeypatch.setattr(cyclegan, "translate_any", lambda G, x: x + 0.1)
+    words = "x --input {0}/x --output {0}/o --native --truth {0}/t".format(tmp_path)
     band = Image.fromarray(np.uint8([[102], [153]]).repeat(64, 0))          # a step by 0.4, of -1 to 1
     for n, *said in (16, .15, 21.2, .3, 75, .1), (64, .3, 16.5, .3, 75, 0), (0, .1, 26, 0, 0, .1):
         [band.crop((0, k, 1, 64 + k)).save(picture(f"{tmp_path}/{x}/1.bmp")) for x, k in (("x", 0), ("t", n))]
-        assert not run(TO, "x --input {0}/x --output {0}/o --native --truth {0}/t".format(tmp_path))
+        assert not run(TO, words)
         assert [*map(float, re.findall(r"\d+\.\d+", capsys.readouterr().out.split("compared")[1]))] == said
+    assert run(TO, words, "--truth", picture(f"{tmp_path}/u/1.bmp")[:-6])   # of another size: not compared
+    assert "translated 1 of 1" in (said := "".join(capsys.readouterr())) and "compared" not in said
 @pytest.mark.parametrize("kind", ["resnet", "old", "nearest", "down_blocks", "unet"])
 def test_foreign_checkpoints(tmp_path, kind):   # official, its first, PyTorch-GAN's, the CelebA book's, U-Net
     net = TextbookUNet(4, 5) if kind == "unet" else textbook_resnet(4, 2, kind)
@@ -668,10 +667,8 @@ def test_prepare_bad_input_is_one_line_and_status_2(celeba_files, capsys, case):
 def test_prepare_toy_faces(celeba_files):
     def read(name):
         return np.array([np.array(Image.open(p), int) for p in sorted(pathlib.Path("files", name).iterdir())])
-    prepare_celeba.main(["--toy", "6", "--test", "8"])
-    before = celeba_stamps()
-    prepare_celeba.main(["--toy", "6", "--test", "8"])
-    assert celeba_stamps() == before
+    first, again = [prepare_celeba.main("--toy 6 --test 8".split()) or celeba_stamps() for _ in "12"]
+    assert first == again
     black, blond, dark, fair = map(read, "toy/black toy/blond toy/black_test toy/blond_test".split())
     assert len(black) == len(blond) == 6 and dark.shape == fair.shape == (8, 64, 64, 3)
     assert len({face.tobytes() for faces in (black, blond, dark) for face in faces}) == 20  # different people
@@ -754,6 +751,9 @@ def bench(argv):
     own, rest = parser.parse_known_args(argv)
     args, runtime = flags(*rest), cyclegan.Runtime(flags(*rest))
     cuda = torch.cuda if runtime.device.type == "cuda" else None
+    torch._dynamo.reset()                                       # a network is compiled 8 times at most
+    if cuda and "batch_size" not in args.given:
+        return [bench([*argv, f"--batch_size={n}"]) for n in (1, 4, 16)]
     steps, n, wait = (20, 8192, cuda.synchronize) if cuda else (1, 2048, lambda: None)
     levers = {"textbook, eager": None, "cyclegan.py": "", "  --amp off": "--amp off"}
     levers |= {"  --compile off": "--compile off", "  neither": "--compile off --amp off"} if cuda else {}
