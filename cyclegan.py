@@ -22,7 +22,7 @@ Names. The suffix is the domain of the picture: fake_B passes for a B, idt_A is 
 What to change where. A generator: a class with its `multiple`, a line in GENERATORS. A GAN loss: a line in
 GAN_LOSSES. A term: a line in CycleGAN.generator_loss; the log follows. Augmentation: fit. Schedule: lr_at.
 """
-import argparse, atexit, datetime, functools, os, shlex, signal, sys, time, zlib
+import argparse, datetime, functools, os, shlex, signal, sys, time, zlib
 
 import numpy as np
 import torch
@@ -38,6 +38,7 @@ def die(message):
     if int(os.environ.get("RANK", 0)):      # most often process 0 says the same, and torchrun ends this one;
         signal.signal(signal.SIGTERM, signal.SIG_DFL), time.sleep(3)        # if it still runs then, it speaks
     warn("cyclegan.py:", " ".join(str(message).split()))
+    dist.is_initialized() and os._exit(2)   # an orderly end would wait for the other processes
     sys.exit(2)
 
 # ---- 1. Flags ----------------------------------------------------------------------------------------------
@@ -50,7 +51,7 @@ def within(kind, low, high):
     return number
 
 def get_args(argv=None):
-    """All there is to set -> Namespace; its `given`: what was typed, a dict, which a resumed run obeys."""
+    """-> Namespace of all there is to set; its `given`, a dict: what was typed, which a resumed run obeys."""
     parser = argparse.ArgumentParser("cyclegan.py", description=__doc__.split("\n")[1], allow_abbrev=False)
     add, parser.error = parser.add_argument, die
     add("--mode", choices=["train", "translate"], default="train", help="(train)")
@@ -140,7 +141,7 @@ def fit(image, args, rng=None):
     (w, h), load_size = image.size, args.load_size if rng else args.size
     if args.mode == "translate" and args.native:
         return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    step = np.array([w, h] if args.resize == "stretch" else [min(w, h)] * 2) / load_size    # old pixels
+    step = np.array([w, h] if args.resize == "stretch" else [min(w, h)] * 2) / load_size    # in old pixels
     corner = (rng.random(2) if rng else 0.5) * ([w, h] - args.size * step)
     box = np.clip([*corner, *(corner + args.size * step)], 0, [w, h, w, h])
     image = image.resize((args.size, args.size), Image.Resampling.BICUBIC, box=tuple(box))
@@ -439,7 +440,6 @@ class Runtime:
         if self.world > 1 and not dist.is_initialized():
             backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
             dist.init_process_group(backend, device_id=self.device if cuda else None)
-            atexit.register(dist.destroy_process_group)         # or torch may abort while the process ends
     def prepare(self, model, args, steps):
         """Move the networks here, give them optimizers, and compile them if `steps` steps are worth it."""
         adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
@@ -558,7 +558,7 @@ def resume_flags(args):
     return argparse.Namespace(**vars(args) | saved["args"] | args.given), saved
 
 def train(args):
-    """Train, from scratch or from --resume; fills args.out_dir."""
+    """Train, from scratch or from --resume; fills args.out_dir. Returns 128 + its number after a signal."""
     args, saved = resume_flags(args) if args.resume else (args, None)
     runtime = Runtime(args)
     torch.manual_seed(args.seed)                                # the same weights everywhere
@@ -609,8 +609,7 @@ def train(args):
         signals.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)            # a second Ctrl-C ends at once
     signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
-    fixed = [[data.deal(domain, 0, i, augment=False) for i in range(6)] for domain in (0, 1)]
-    fixed_A, fixed_B = (runtime.to_float(torch.stack(images)) for images in fixed)
+    fixed = [torch.stack([data.deal(domain, 0, i, augment=False) for i in range(6)]) for domain in (0, 1)]
     saved or checkpoint(0)                                      # a disk that cannot be written to shows now
     batches = iter(make_loader(data, range(first, total), runtime))
     for step in range(first, total):
@@ -629,11 +628,11 @@ def train(args):
         if saving or step % args.log_every == 0:
             log.row(step, rate)                                 # ends the run on a loss that is not finite
         if runtime.rank == 0 and (last or step % args.sample_every == 0):
-            save_samples(f"{out}/samples/step_{step:07}.png", model, runtime, fixed_A, fixed_B)
+            save_samples(f"{out}/samples/step_{step:07}.png", model, runtime, *map(runtime.to_float, fixed))
         saving and checkpoint(step)
         if last and step < total:
             say(f"stopped at step {step}, saved; to go on: python cyclegan.py --resume {out}")
-            sys.exit(128 + (signals or [signal.SIGTERM])[0])
+            return 128 + (signals or [signal.SIGTERM])[0]
     say(f"done: look into {out}/samples; {out}/generators.pt is for --mode translate")
 
 # ---- 11. Translate -----------------------------------------------------------------------------------------
@@ -686,7 +685,7 @@ def plan(args):
 
 @torch.no_grad()
 def translate(args):
-    """Translate all of --input into --output; returns how many could not be."""
+    """Translate all of --input into --output; returns 1 if there were any that could not be."""
     runtime, jobs = Runtime(args), plan(args)
     there, flags = load_generator(args.checkpoint, args.direction, runtime.device)
     if args.round_trip:
@@ -722,7 +721,7 @@ def translate(args):
         print(f"{compared:.0f} compared: absolute error {miss / n:.3f}, PSNR {psnr / compared:.1f} dB; where "
               f"input and truth differ {inner / (n_inner or 1):.3f}, {inner / (before or 1):.1%} of input's; "
               f"elsewhere {(miss - inner) / (n - n_inner or 1):.3f}", flush=True)
-    return failed
+    return int(failed > 0)
 
 def demo(argv, args):
     """Draw toy faces, then run the plain commands it prints, each with the flags typed beside --demo."""
@@ -738,23 +737,24 @@ def demo(argv, args):
     for command in commands:
         words = [word.replace("OUT", out) for word in command.split()] + typed
         print("\npython cyclegan.py", shlex.join(words), flush=True)
-        main(words)
+        if status := main(words):
+            return status
     print(f"\nopen {out}/samples/{max(os.listdir(f'{out}/samples'))}: rows 2 and 5 are made, 1 and 4 real")
 
 def main(argv):
-    """Run a command line, a list of words; returns its exit status."""
+    """Run a command line, a list of words; returns its exit status. Ctrl-C leaves no traceback."""
     args = get_args(argv)
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                # no traceback
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         run = functools.partial(demo, argv) if args.demo else translate if args.mode == "translate" else train
-        return bool(run(args))
+        return run(args) or 0
     except (ImportError, OSError, MemoryError, RuntimeError) as error:      # no tensorboard, a full disk, ...
         if any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):
             die("out of memory: a smaller --size, --batch_size or --ngf needs less")
-        if isinstance(error, RuntimeError):                     # a bug: with all its lines
-            raise
-        die(str(error).splitlines()[-1])
+        isinstance(error, RuntimeError) or die(str(error).splitlines()[-1])
+        raise                                                   # a bug: with all its lines
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    status = main(sys.argv[1:])
+    dist.is_initialized() and dist.destroy_process_group()      # or torch may abort while the process ends
+    sys.exit(status)

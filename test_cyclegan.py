@@ -5,7 +5,7 @@ The tests of cyclegan.py and prepare_celeba.py, the textbook step, and the bench
 The textbook step is the paper with PyTorch's own layers, one call for each arrow of its Figure 3, nothing
 merged. Every fast path of cyclegan.py has to give the same losses and gradients.
 """
-import argparse, atexit, contextlib, functools, gc, itertools, multiprocessing, os, pathlib, pickle, re
+import argparse, contextlib, functools, gc, itertools, multiprocessing, os, pathlib, pickle, re
 import resource, shutil, signal, socket, statistics, subprocess, sys, time, types, zipfile
 import numpy as np, pytest, torch
 import torch.nn.functional as F
@@ -352,8 +352,7 @@ def child(work, flags, hooks, folder, **env):
         code = (work or cyclegan.main)(flags.split())
     except SystemExit as error:                         # as at the top level: its frames go before the exit
         code = error.code
-    atexit._run_exitfuncs()                             # which a Process would not: the group has to be left
-    raise SystemExit(1 if torch.distributed.is_initialized() else code)
+    raise SystemExit(code)
 @pytest.fixture
 def go(tmp_path, monkeypatch):
     """go(flags) in n processes -> exit codes and outputs, of one or of all. 7 steps an epoch; for n=2, 4."""
