@@ -22,7 +22,7 @@ Names. The suffix is the domain of the picture: fake_B passes for a B, idt_A is 
 What to change where. A generator: a class with its `multiple`, a line in GENERATORS. A GAN loss: a line in
 GAN_LOSSES. A term: a line in CycleGAN.generator_loss; the log follows. Augmentation: fit. Schedule: lr_at.
 """
-import argparse, datetime, functools, os, shlex, signal, sys, time, zlib
+import argparse, datetime, functools, os, shlex, signal, sys, time, traceback, zlib
 
 import numpy as np
 import torch
@@ -284,9 +284,9 @@ class UNetGenerator(nn.Module):
 GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 
 # ---- 4. Discriminator --------------------------------------------------------------------------------------
-# Not one verdict a picture but one for every 70x70 patch (§4): it judges colour and texture and leaves the
-# layout to the cycle; it has few parameters, takes any size, gives hundreds of opinions to learn from. Back
-# from one score, by side = (side - 1) * stride + 4, the patch grows 1 -> 4 -> 7 -> 16 -> 34 -> 70.
+# Not one verdict a picture but one for every 70x70 patch (§4): of colour and texture, the layout is left to
+# the cycle. So there are few parameters, any size goes, and one picture gives hundreds of opinions. Back from
+# one score, by side = (side - 1) * stride + 4, the patch grows 1 -> 4 -> 7 -> 16 -> 34 -> 70.
 class PatchDiscriminator(nn.Sequential):
     """70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores: the losses know what to make of them."""
     def __init__(self, args):
@@ -415,8 +415,7 @@ def train_step(model, pools, runtime, real_A, real_B):
 
 # ---- 8. Plumbing -------------------------------------------------------------------------------------------
 class Runtime:
-    """Skip this on first reading: nothing here changes the mathematics. Where and how a step runs: device,
-    precision, compiling, optimizers; this process's `rank` among `world` processes."""
+    """Skip this at first: it changes no mathematics. Device, precision, compiling; `rank` among `world`."""
     def __init__(self, args):
         env = lambda name, default: int(os.environ.get(name, default))          # set by torchrun
         self.rank, self.world = env("RANK", 0), env("WORLD_SIZE", 1)
@@ -465,7 +464,7 @@ class Runtime:
             try:
                 dist.all_reduce(flat)
             except RuntimeError as error:
-                die(f"another process is gone ({error}); --resume goes on from the last checkpoint")
+                die(f"lost the other processes ({error}); --resume goes on from the last checkpoint")
             nn.utils.vector_to_parameters(flat.div_(self.world), tensors)
 
 # ---- 9. Outputs --------------------------------------------------------------------------------------------
@@ -748,11 +747,12 @@ def main(argv):
     try:
         run = functools.partial(demo, argv) if args.demo else translate if args.mode == "translate" else train
         return run(args) or 0
-    except (ImportError, OSError, MemoryError, RuntimeError) as error:      # no tensorboard, a full disk, ...
+    except Exception as error:                  # no tensorboard, disk, memory: one line; a bug: all of them
         if any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):
             die("out of memory: a smaller --size, --batch_size or --ngf needs less")
-        isinstance(error, RuntimeError) or die(str(error).splitlines()[-1])
-        raise                                                   # a bug: with all its lines
+        isinstance(error, (ImportError, OSError)) and die(str(error).splitlines()[-1])
+        traceback.clear_frames(error.__traceback__)             # without the loader, its workers end at once
+        raise
 
 if __name__ == "__main__":
     status = main(sys.argv[1:])

@@ -447,7 +447,7 @@ def test_two_processes_stay_equal_stop_together_and_go_on_exactly(go):
     assert re.match("2 processes before, 1 now\n.* 15 to go", go("--resume alone")[1])      # of 21 steps
     assert go("--resume bad", rank1="train_step 1 nan", n=2)[0] == [2, 2] and state("bad")[0]["step"] == 3
     codes, (text, _) = go("--resume bad", rank1="train_step 3 KILL", n=2)
-    assert codes == [2, -9] and "cyclegan.py: another process is gone" in text.splitlines()[-1]
+    assert codes == [2, -9] and "cyclegan.py: lost the other processes" in text.splitlines()[-1]
 def test_two_processes_translate_every_file_once(go):
     assert go(f"{TINY} --max_steps 1")[0] == 0
     codes, texts = go("--mode translate --checkpoint run/generators.pt --input b --output to --device cpu",
@@ -754,7 +754,7 @@ def bench(argv):
     if cuda and "batch_size" not in args.given:
         return [bench([*argv, f"--batch_size={n}"]) for n in (1, 4, 16)]
     steps, n, wait = (20, 8192, cuda.synchronize) if cuda else (1, 2048, lambda: None)
-    levers = {"textbook, eager": None, "cyclegan.py": "", "  --amp off": "--amp off"}
+    levers = {"textbook, eager": None, "cyclegan.py": "--compile on" * bool(cuda), "  --amp off": "--amp off"}
     levers |= {"  --compile off": "--compile off", "  neither": "--compile off --amp off"} if cuda else {}
     pairs = [pictures(args.batch_size, args.size, torch.float32, i) for i in range(4)]
     batches = itertools.cycle([[x.to(runtime.device) for x in pair] for pair in pairs])
