@@ -35,7 +35,7 @@ from torchvision.utils import save_image
 warn = lambda *words: print(*words, file=sys.stderr, flush=True)
 def die(message):
     """Bad input ends here: one line that names the file or flag and says what to do, exit status 2."""
-    if int(os.environ.get("RANK", 0)):      # most often process 0 says the same, and torchrun ends this one;
+    if int(os.environ.get("RANK") or 0):      # most often process 0 says the same and torchrun ends this one;
         signal.signal(signal.SIGTERM, signal.SIG_DFL), time.sleep(3)        # if it still runs then, it speaks
     warn("cyclegan.py:", " ".join(str(message).split()))
     dist.is_initialized() and os._exit(2)   # an orderly end would wait for the other processes
@@ -56,7 +56,7 @@ def get_args(argv=None):
     add, parser.error = parser.add_argument, die
     add("--mode", choices=["train", "translate"], default="train", help="(train)")
     add("--demo", action="store_true", help="draw toy faces, train small, translate, measure the error")
-    add("--out_dir", metavar="DIR", type=os.path.normpath, help="of the run (runs/A2B, the folders' names)")
+    add("--out_dir", metavar="DIR", type=lambda x: x and os.path.normpath(x), help="of the run (runs/A2B)")
     add("--resume", metavar="RUN", help="folder or latest.pt of a run to go on with; needs no other flag")
     add("--seed", type=within(int, 0, 2**31), default=0, help="of weights, order, augmentation and pool (0)")
     add("--device", default="auto", help="cuda, cuda:1, mps, cpu (auto: the first of these that there is)")
@@ -111,11 +111,11 @@ def get_args(argv=None):
 # travel as uint8; on the device they become floats in [-1, 1], the range of the generators' tanh.
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
 def find_images(top):
-    """Sorted names of the pictures in a folder and below, relative to it; none hidden. Exits if none."""
+    """Sorted names of the pictures in a folder and below, none hidden or of a run. Exits without any."""
     os.path.isdir(top) or die(f"no folder {top}")
     found = []
     for folder, folders, names in os.walk(top, onerror=warn):
-        folders[:] = [name for name in folders if name[0] != "."]
+        folders[:] = [x for x in folders if x[0] != "." and not os.path.exists(f"{folder}/{x}/latest.pt")]
         names = [name for name in names if name[0] != "." and name.lower().endswith(EXTENSIONS)]
         found += [os.path.relpath(os.path.join(folder, name), top) for name in names]
     return sorted(found) or die(f"no pictures in {top} (looked for {' '.join(EXTENSIONS)})")
@@ -264,8 +264,7 @@ class UNetGenerator(nn.Module):
         n = [3] + [args.ngf * min(2**k, 8) for k in range(levels)]
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         for k in range(levels):                 # no norm outermost; nor innermost: on 1x1 it leaves 0
-            relu = [nn.LeakyReLU(0.2)] if k > 0 else []
-            norm = [InstanceNorm()] if 0 < k < levels - 1 else []
+            relu, norm = [nn.LeakyReLU(0.2)] * (k > 0), [InstanceNorm()] * (0 < k < levels - 1)
             self.downs.append(nn.Sequential(*relu, nn.Conv2d(n[k], n[k + 1], 4, 2, 1), *norm))
         for k in reversed(range(levels)):       # fed from below and, but for the innermost, from across
             conv = upsample(n[k + 1] * (1 if k == levels - 1 else 2), n[k], args, kernel=4)
@@ -284,9 +283,8 @@ class UNetGenerator(nn.Module):
 GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 
 # ---- 4. Discriminator --------------------------------------------------------------------------------------
-# Not one verdict a picture but one for every 70x70 patch (§4): of colour and texture, the layout is left to
-# the cycle. So there are few parameters, any size goes, and one picture gives hundreds of opinions. Back from
-# one score, by side = (side - 1) * stride + 4, the patch grows 1 -> 4 -> 7 -> 16 -> 34 -> 70.
+# Not one verdict but hundreds, one for each 70x70 patch (§4), on colour and texture; the cycle looks after
+# the layout. Back from a score, side = (side - 1) * stride + 4: a patch grows 1 -> 4 -> 7 -> 16 -> 34 -> 70.
 class PatchDiscriminator(nn.Sequential):
     """70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores: the losses know what to make of them."""
     def __init__(self, args):
@@ -417,7 +415,7 @@ def train_step(model, pools, runtime, real_A, real_B):
 class Runtime:
     """Skip this at first: it changes no mathematics. Device, precision, compiling; `rank` among `world`."""
     def __init__(self, args):
-        env = lambda name, default: int(os.environ.get(name, default))          # set by torchrun
+        env = lambda name, default: int(os.environ.get(name) or default)          # set by torchrun
         self.rank, self.world = env("RANK", 0), env("WORLD_SIZE", 1)
         local_rank, self.local_world = env("LOCAL_RANK", 0), env("LOCAL_WORLD_SIZE", 1)
         best = torch.accelerator.current_accelerator(check_available=True)
@@ -468,8 +466,7 @@ class Runtime:
             nn.utils.vector_to_parameters(flat.div_(self.world), tensors)
 
 # ---- 9. Outputs --------------------------------------------------------------------------------------------
-# log.csv: section 6 says what is healthy. samples/: look at rows 2 and 5, the translations, then whether 3
-# and 6 lead back to 1 and 4. latest.pt: all that --resume needs. generators.pt: to share, to translate.
+# Samples: look at rows 2 and 5, the translations, then whether 3 and 6 lead back to 1 and 4. Losses: see 6.
 save_png = functools.partial(save_image, format="png", normalize=True, value_range=(-1, 1))
 def save(path, write, thing, **options):
     """write(thing, file), under another name until complete: a crash or a full disk leaves what was there."""
@@ -504,33 +501,32 @@ class Log:
         """Add up a step's terms, without waiting for the device, and the seconds spent waiting for data."""
         self.sums = {name: self.sums.get(name, 0) + term.detach().float() for name, term in terms.items()}
         self.steps, self.waited = self.steps + 1, self.waited + waited
-        if self.runtime.rank == 0 and sys.stdout.isatty():
-            speed = self.steps / (time.time() - self.start)
-            print(f"\r\033[K{step}/{self.total}  {speed:.2f} steps/s", end="\r", flush=True)
+        if self.runtime.rank == 0 and sys.stdout and sys.stdout.isatty():
+            print(f"\r\033[K{step}/{self.total}", end="\r", flush=True)
     def row(self, step, rate):
-        """Write the row that ends with `step`, means over processes. Exits if one is not finite."""
+        """Write the row that ends with `step`, means over processes -> text. Exits if one is not finite."""
         means = torch.stack(list(self.sums.values())) / self.steps
         self.runtime.average([means])
         seconds, means = time.time() - self.start, dict(zip(self.sums, means.tolist()))
         if bad := [name for name, value in means.items() if not np.isfinite(value)]:
-            die(f"step {step}: {', '.join(bad)} not finite; stopped. The last checkpoint is kept: --resume "
-                "it with a lower --lr or with --amp off")
+            die(f"step {step}: {', '.join(bad)} not finite; try --resume with a lower --lr or with --amp off")
         speed = 2 * self.steps * self.args.batch_size * self.runtime.world / seconds      # A and B
         row = {"step": step, "epoch": step / self.epoch_steps, "rate": rate, **means,
                "images_per_s": round(speed, 2), "waiting": round(self.waited / seconds, 4)}
         header, line = (",".join(map(str, part)) + "\n" for part in (row, row.values()))
         headers = [old for old in self.rows if old.startswith("step")]
         self.rows += [line] if headers[-1:] == [header] else [header, line]     # at first; when terms change
+        text = (f"step {step}/{self.total}  epoch {row['epoch']:.2f}  rate {rate:.2e}  "
+                + "  ".join(f"{name} {value:.3f}" for name, value in means.items())
+                + f"  {speed:.1f} images/s  waiting {row['waiting']:.0%}  "
+                f"{datetime.timedelta(0, (self.total - step) * seconds // self.steps)} to go")
         if self.runtime.rank == 0:                              # at first, also those of before a resume
             with open(f"{self.args.out_dir}/log.csv", "a" if self.written else "w") as file:
                 file.writelines(self.rows[self.written:])
-            print(f"step {step}/{self.total}  epoch {row['epoch']:.2f}  rate {rate:.2e}  "
-                  + "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-                  + f"  {speed:.1f} images/s  waiting {row['waiting']:.0%}  "
-                  f"{datetime.timedelta(0, (self.total - step) * seconds // self.steps)} to go", flush=True)
             for name, value in means.items() if self.args.tensorboard else ():
                 self.board.add_scalar(name, value, step)
         self.written, self.sums, self.start, self.steps, self.waited = len(self.rows), {}, time.time(), 0, 0.0
+        return text
 
 def load_checkpoint(path):
     """A checkpoint, or the latest.pt in a run's folder, as a dict of plain values and tensors on the CPU."""
@@ -565,7 +561,7 @@ def train(args):
     data = UnpairedImages(args, step_pairs)
     args.dataA, args.dataB = ([os.path.abspath(top) for top in tops] for tops in (args.dataA, args.dataB))
     args.out_dir = args.out_dir or f"runs/{os.path.basename(args.dataA[0])}2{os.path.basename(args.dataB[0])}"
-    if not saved and os.path.exists(f"{args.out_dir}/latest.pt"):
+    if not saved and os.path.exists(f"{args.out_dir}/generators.pt"):
         die(f"{args.out_dir} holds a run: go on with --resume {args.out_dir}, or choose another --out_dir")
     total = min((args.epochs + args.epochs_decay) * data.epoch_steps, args.max_steps or 10**12)
     first = saved["pairs"] // step_pairs if saved else 0        # in steps of now: the batch may be another
@@ -624,13 +620,13 @@ def train(args):
         last = step == total or stopping
         batches = None if last else batches                     # the workers end before the saving begins
         saving = last or step % args.save_every == 0 or step % data.epoch_steps == 0
-        if saving or step % args.log_every == 0:
-            log.row(step, rate)                                 # ends the run on a loss that is not finite
+        row = log.row(step, rate) if saving or step % args.log_every == 0 else ""
         if runtime.rank == 0 and (last or step % args.sample_every == 0):
             save_samples(f"{out}/samples/step_{step:07}.png", model, runtime, *map(runtime.to_float, fixed))
         saving and checkpoint(step)
+        row and say(row)                                        # once saved: Ctrl-C has ended a `| tee`, too
         if last and step < total:
-            say(f"stopped at step {step}, saved; to go on: python cyclegan.py --resume {out}")
+            say(f"stopped at step {step}, saved; to go on: python cyclegan.py --resume {shlex.quote(out)}")
             return 128 + (signals or [signal.SIGTERM])[0]
     say(f"done: look into {out}/samples; {out}/generators.pt is for --mode translate")
 
@@ -679,7 +675,8 @@ def plan(args):
             taken |= {target + end for end in ends}
             jobs[target] = os.path.join(top, name) if folder else top
     lost = {os.path.realpath(target + ".png") for target in taken} & {*map(os.path.realpath, jobs.values())}
-    lost and die(f"--output {args.output}: {min(lost)} would be overwritten; choose another folder")
+    same = args.truth and os.path.realpath(args.truth) == os.path.realpath(args.output)
+    (lost or same) and die(f"--output {args.output}: pictures there would be overwritten; choose another")
     return jobs
 
 @torch.no_grad()
@@ -691,8 +688,8 @@ def translate(args):
         "seed" in flags or die("--round_trip needs a run's generators.pt: both ways")
         other = "BtoA" if args.direction == "AtoB" else "AtoB"
         back, _ = load_generator(args.checkpoint, other, runtime.device)
-    args, sums = argparse.Namespace(**vars(args) | flags | args.given), torch.zeros(9)
-    load = lambda path: runtime.to_float(fit(read_image(path), args))[None]
+    vars(args).update({name: flags[name] for name in ("size", "resize") if name in flags} | args.given)
+    sums, load = torch.zeros(9), lambda path: runtime.to_float(fit(read_image(path), args))[None]
     truths = {os.path.join(args.output, os.path.splitext(name)[0]): os.path.join(args.truth, name)
               for name in (find_images(args.truth) if args.truth else [])}
     not args.truth or truths.keys() & jobs.keys() or die(f"--truth {args.truth}: no names of --input there")
@@ -741,9 +738,9 @@ def demo(argv, args):
     print(f"\nopen {out}/samples/{max(os.listdir(f'{out}/samples'))}: rows 2 and 5 are made, 1 and 4 real")
 
 def main(argv):
-    """Run a command line, a list of words; returns its exit status. Ctrl-C leaves no traceback."""
+    """Run a command line, a list of words; returns its exit status."""
     args = get_args(argv)
-    signal.signal(signal.SIGINT, signal.SIG_DFL), signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     try:
         run = functools.partial(demo, argv) if args.demo else translate if args.mode == "translate" else train
         return run(args) or 0
@@ -753,8 +750,11 @@ def main(argv):
         isinstance(error, (ImportError, OSError)) and die(str(error).splitlines()[-1])
         traceback.clear_frames(error.__traceback__)             # without the loader, its workers end at once
         raise
+    finally:
+        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                # no traceback
     status = main(sys.argv[1:])
     dist.is_initialized() and dist.destroy_process_group()      # or torch may abort while the process ends
     sys.exit(status)

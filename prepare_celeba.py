@@ -74,7 +74,7 @@ def read_list(path):
     if data.startswith(b"PK"):                               # Kaggle's has other tables, too
         archive = zipfile.ZipFile(path)
         data = archive.read(min(archive.namelist(), key=lambda name: "attr" not in name))
-    lines = data.decode("utf-8-sig", "replace").replace(",", " ").splitlines()
+    lines = data.decode("utf-8-sig", "replace").replace(",", " ").replace('"', "").splitlines()
     rows = [line.split() for line in lines if line.strip()] + [[]]
     n_rows = int(rows.pop(0)[0]) if len(rows[0]) == 1 and rows[0][0].isdecimal() else None
     names, rows = rows[0][rows[0][:1] == ["image_id"]:], rows[1:-1]
@@ -235,8 +235,8 @@ def toy_faces(out, n, n_test=50, size=64, seed=0):
             if not os.path.exists(path) or mark.encode() not in pathlib.Path(path).read_bytes():
                 note.add_text("Comment", mark)
                 face = draw_face(np.random.default_rng((seed, min(domain, 2), index)), domain % 2 == 1, size)
-                face.save(path + ".part", "PNG", pnginfo=note)
-                os.replace(path + ".part", path)
+                face.save(part := f"{path}.part{os.getpid()}", "PNG", pnginfo=note)
+                os.replace(part, path)
 
 
 def main(argv=None):
@@ -245,7 +245,7 @@ def main(argv=None):
     path = args.attributes or max((f"files/list_attr_celeba.{e}" for e in ("csv", "txt")), key=os.path.exists)
     try:
         if args.toy is not None:
-            toy_faces(f"{args.out}/toy", args.toy, 50 if args.test is None else args.test)
+            toy_faces(os.path.join(args.out, "toy"), args.toy, 50 if args.test is None else args.test)
             return print(f"{args.out}/toy: {args.toy:,} faces in black, as many in blond, and the test pairs")
         names, rows = read_list(path)
         path = args.images
