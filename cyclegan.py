@@ -18,7 +18,6 @@ with which B. What ties a translation to its source is the way back, which must 
 Names. The suffix is the domain of the picture: fake_B passes for a B, idt_A is G_BA(real_A), D_A judges A's.
   here     G_AB   G_BA   D_A   D_B   real_A   real_B   fake_B   fake_A   rec_A      rec_B
   paper    G      F      D_X   D_Y   x        y        G(x)     F(y)     F(G(x))    G(F(y))
-
 What to change where. A generator: a class with its `multiple`, a line in GENERATORS. A GAN loss: a line in
 GAN_LOSSES. A term: a line in CycleGAN.generator_loss; the log follows. Augmentation: fit. Schedule: lr_at.
 """
@@ -363,7 +362,7 @@ class CycleGAN(nn.Module):
         args.size % new.multiple == 0 or die(f"--size {args.size} is not a multiple of {new.multiple}")
         self.G = nn.ModuleDict({name: new(args) for name in ("AB", "BA")})
         self.D = nn.ModuleDict({name: PatchDiscriminator(args) for name in ("A", "B")})
-        self.d_loss, self.g_loss = GAN_LOSSES[args.gan_loss]
+        self.d_loss, self.g_loss = GAN_LOSSES.get(args.gan_loss) or die(f"no --gan_loss {args.gan_loss} here")
         self.lambda_cycle, self.weight_identity = args.lambda_cycle, args.lambda_cycle * args.lambda_identity
         self.apply(init_weights)
 
@@ -531,10 +530,11 @@ class Log:
 def load_checkpoint(path):
     """A checkpoint, or the latest.pt in a run's folder, as a dict of plain values and tensors on the CPU."""
     try:
-        path = os.path.join(path, "latest.pt") if os.path.isdir(path) else path
-        return {str(k): v for k, v in torch.load(path, map_location="cpu", weights_only=True).items()}
+        state = torch.load(f"{path}/latest.pt" if os.path.isdir(path) else path, "cpu", weights_only=True)
+        "args" in state and GENERATORS[state["args"]["generator"]]          # another's, or of a fork
+        return {str(k): v for k, v in state.items()}
     except Exception as error:
-        die(f"{path} cannot be read: no checkpoint, or only a part of one ({type(error).__name__})")
+        die(f"{path} cannot be read: no checkpoint, half of one, or a fork's ({str(error)[:50]})")
 
 # ---- 10. Train ---------------------------------------------------------------------------------------------
 def lr_at(step, args, epoch_steps):
@@ -545,7 +545,7 @@ def lr_at(step, args, epoch_steps):
 def resume_flags(args):
     """-> flags and checkpoint of the run that --resume names."""
     saved = load_checkpoint(args.resume)
-    "ranks" in saved or die(f"{args.resume} is not a run's latest.pt (generators.pt is for --mode translate)")
+    {"ranks", "args"} <= {*saved} or die(f"{args.resume}: no run's latest.pt (--mode translate may take it)")
     saved["args"]["out_dir"] = os.path.normpath(args.resume + ("/.." if os.path.isfile(args.resume) else ""))
     for name in {"generator", "blocks", "ngf", "ndf", "upsample", "size", "seed", "out_dir"} & {*args.given}:
         old, new = saved["args"][name], args.given[name]

@@ -472,7 +472,7 @@ TRAIN = " ".join(SMALL) + " --native --round_trip --dataA {0}/A --dataB {0}/B " 
 TO = "--mode translate --device cpu --checkpoint "
 BROKEN = [f"C/bad/{name}" for name in ("cut.jpg", "cut.png", "cut.webp", "lfs.jpg", "page.jpg", "zero.jpg")]
 JUNK = dict(zip(BROKEN[3:], (b"version https://git-lfs.github.com/spec/v1", b"<html>", b""))) | {"half": {},
-    "list": pickle.dumps([1], 2), "keys": {1: 2, "x.weight": 3}, "args": {"args": {"lr": 1}},
+    "list": pickle.dumps([1], 2), "keys": {1: 2, "x.weight": 3}, "args": {"args": {"generator": "x"}},
     "vgg": {f"{i}.weight": torch.ones(8, 8 if i else 3, 3, 3) for i in range(9)}, "module": nn.ReLU(),
     "blur": textbook_resnet(4, 1).state_dict() | {"f": torch.ones(3, 3)}}       # saved by torch, if not bytes
 def picture(path, size=(40, 36)):               # of smooth noise; makes its folders
