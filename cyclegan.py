@@ -531,7 +531,7 @@ def load_checkpoint(path):
     """A checkpoint, or the latest.pt in a run's folder, as a dict of plain values and tensors on the CPU."""
     try:
         state = torch.load(f"{path}/latest.pt" if os.path.isdir(path) else path, "cpu", weights_only=True)
-        "args" in state and GENERATORS[state["args"]["generator"]]          # an error for a fork's or another's
+        "args" in state and GENERATORS[state["args"]["generator"]]     # or it is a fork's
         return {str(k): v for k, v in state.items()}
     except Exception as error:
         die(f"{path} cannot be read: no checkpoint, half of one, or a fork's ({str(error)[:50]})")
