@@ -414,7 +414,7 @@ def train_step(model, pools, runtime, real_A, real_B):
 class Runtime:
     """Skip this at first: it changes no mathematics. Device, precision, compiling; `rank` among `world`."""
     def __init__(self, args):
-        env = lambda name, default: int(os.environ.get(name) or default)          # set by torchrun
+        env = lambda name, default: int(os.environ.get(name) or default)         # set by torchrun
         self.rank, self.world = env("RANK", 0), env("WORLD_SIZE", 1)
         local_rank, self.local_world = env("LOCAL_RANK", 0), env("LOCAL_WORLD_SIZE", 1)
         best = torch.accelerator.current_accelerator(check_available=True)
@@ -452,7 +452,7 @@ class Runtime:
         self.average([p.grad for p in optimizer.param_groups[0]["params"]])
         self.scaler.step(optimizer)                             # after averaging: one overflow is everyone's
         self.scaler.update()
-        for each in self.optimizers.values():                   # at once: the next pass needs the memory
+        for each in self.optimizers.values():                   # both, at once: the next pass needs memory
             each.zero_grad()
     def average(self, tensors):
         """Mean over processes, in place: one flat all-reduce, after the backward pass, not during it."""
@@ -531,7 +531,7 @@ def load_checkpoint(path):
     """A checkpoint, or the latest.pt in a run's folder, as a dict of plain values and tensors on the CPU."""
     try:
         state = torch.load(f"{path}/latest.pt" if os.path.isdir(path) else path, "cpu", weights_only=True)
-        "args" in state and GENERATORS[state["args"]["generator"]]     # or it is a fork's
+        "args" in state and GENERATORS[state["args"]["generator"]]     # KeyError: a fork's
         return {str(k): v for k, v in state.items()}
     except Exception as error:
         die(f"{path} cannot be read: no checkpoint, half of one, or a fork's ({str(error)[:50]})")

@@ -129,8 +129,7 @@ def distance(x, y):                             # ||x - y|| / ||y|| over all ten
     x, y = (torch.cat([t.detach().double().flatten() for t in ts]) for ts in (x, y))
     return float((x - y).norm() / y.norm())
 def fill(folder, n, colour=None, size=(40, 34), seed=0):        # PNGs of noise; on it a coloured square
-    rng = np.random.default_rng(seed)
-    os.makedirs(folder, exist_ok=True)
+    rng = os.makedirs(folder, exist_ok=True) or np.random.default_rng(seed)
     for i in range(n):
         image = rng.integers(0, 60, (size[1], size[0], 3)).astype(np.uint8) + 90
         if colour:
@@ -306,6 +305,7 @@ def test_what_a_run_writes(data, capsys):
     assert sorted(os.listdir("x/samples")) == [f"step_{i:07}.png" for i in (4, 8, 11)]
     assert Image.open("x/samples/step_0000011.png").size == (6 * 34 + 2, 6 * 34 + 2)
     assert re.search("(?s)batch 2, rate 0.0002\n.*step 3/11.*waiting.*to go", capsys.readouterr().out)
+    os.remove("x/latest.pt"), pytest.raises(SystemExit, run, "--dataA a --dataB b --out_dir x", *SMALL)
 def test_compiled_networks_give_the_same_and_save_the_same(data, monkeypatch):
     """With a cheap backend: whole networks, one graph for each kind of call; compiling a fifth one fails."""
     graphs, real, eager = [], nn.Module.compile, torch._dynamo.lookup_backend("aot_eager")
