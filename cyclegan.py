@@ -1,27 +1,47 @@
+#!/usr/bin/env python3
 """
-CycleGAN: turn pictures of one kind into pictures of another, learned from two folders without any pairs.
-Zhu, Park, Isola, Efros: "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial Networks",
-ICCV 2017, arXiv 1703.10593. In comments, § and Eq. refer to it; "official code" is the authors' PyTorch code.
+CycleGAN in one file: learns to translate between two kinds of images from two unpaired folders.
+Zhu, Park, Isola, Efros, "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial
+Networks", ICCV 2017, arXiv:1703.10593. Comments cite its sections (§) and equations (Eq.).
 
-Two generators translate; two discriminators tell real pictures from translated ones. Nobody says which A goes
-with which B. What ties a translation to its source is the way back, which must end where it began:
-
-  real_A ──G_AB──> fake_B ──G_BA──> rec_A ≈ real_A      real_B ──G_BA──> fake_A ──G_AB──> rec_B ≈ real_B
-                     └──> D_B: a real B?                                   └──> D_A: a real A?
-
-  python cyclegan.py --demo                                     no data, no GPU, a few minutes: see it work
-  python cyclegan.py --dataA files/black --dataB files/blond    train; writes runs/black2blond
-  python cyclegan.py --resume runs/black2blond                  go on where it stopped (on a CPU: bit for bit)
-  python cyclegan.py --mode translate --checkpoint runs/black2blond/generators.pt --input photos --output out
+  python cyclegan.py --demo                                     # toy faces; minutes on a CPU
+  python cyclegan.py --dataA files/black --dataB files/blond    # train; writes runs/black2blond
+  python cyclegan.py --resume runs/black2blond                  # continue from the last checkpoint
+  python cyclegan.py --checkpoint runs/black2blond/generators.pt --input photos --output out
   torchrun --standalone --nproc_per_node=8 cyclegan.py --dataA files/black --dataB files/blond
 
-Names. The suffix is the domain of the picture: fake_B passes for a B, idt_A is G_BA(real_A), D_A judges A's.
-  here     G_AB   G_BA   D_A   D_B   real_A   real_B   fake_B   fake_A   rec_A      rec_B
-  paper    G      F      D_X   D_Y   x        y        G(x)     F(y)     F(G(x))    G(F(y))
-What to change where. A generator: a class with its `multiple`, a line in GENERATORS. A GAN loss: a line in
-GAN_LOSSES. A term: a line in CycleGAN.generator_loss; the log follows. Augmentation: fit. Schedule: lr_at.
+Two generators translate, one in each direction; two discriminators learn to tell real images from
+translated ones. No image comes with its translation. Cycle consistency takes the place of pairs:
+an image that is translated and translated back must come out unchanged.
+
+  real_A ──G_AB──> fake_B ──G_BA──> rec_A ≈ real_A
+                     └──> D_B: real or fake?
+  real_B ──G_BA──> fake_A ──G_AB──> rec_B ≈ real_B
+                     └──> D_A: real or fake?
+
+  Here       G_AB   G_BA   D_A   D_B   real_A   real_B   fake_B   fake_A   rec_A     rec_B
+  The paper  G      F      D_X   D_Y   x        y        G(x)     F(y)     F(G(x))   G(F(y))
+
+Where to change what: a generator is a class and a line in GENERATORS; a GAN loss, a function and a
+line in GAN_LOSSES; a term of the objective, a line in CycleGAN.generator_loss (the log follows it);
+augmentation is `preprocess`; the learning rate schedule is `lr_at`.
 """
-import argparse, datetime, functools, os, shlex, signal, sys, time, traceback, zlib
+import argparse
+import contextlib
+import csv
+import datetime
+import functools
+import math
+import os
+import shlex
+import shutil
+import signal
+import sys
+import threading
+import time
+import zlib
+from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,732 +49,962 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
+from torchvision import transforms as T
+from torchvision.transforms import functional as TF
 from torchvision.utils import save_image
 
-warn = lambda *words: print(*words, file=sys.stderr, flush=True)
 def die(message):
-    """Bad input ends here: one line that names the file or flag and says what to do, exit status 2."""
-    if int(os.environ.get("RANK") or 0):      # most often process 0 says the same and torchrun ends this one;
-        signal.signal(signal.SIGTERM, signal.SIG_DFL), time.sleep(3)        # if it still runs then, it speaks
-    warn("cyclegan.py:", " ".join(str(message).split()))
-    dist.is_initialized() and os._exit(2)   # an orderly end would wait for the other processes
+    """Ends the program because of bad input: one line on stderr, exit status 2."""
+    print("cyclegan.py:", " ".join(message.split()), file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(2)                     # a normal exit can wait for the other processes
     sys.exit(2)
 
-# ---- 1. Flags ----------------------------------------------------------------------------------------------
-def within(kind, low, high):
-    """An argparse type: an int or a float from `low` to `high`."""
-    def number(text):
-        if low <= (value := kind(text)) <= high:
-            return value
-        raise argparse.ArgumentTypeError(f"{text} is not between {low:g} and {high:g}")
-    return number
+# ---- 1. Flags ------------------------------------------------------------------------------------
+# These belong to a single command and not to a run: checkpoints do not store them.
+NOT_STORED = {"mode", "demo", "resume", "checkpoint", "input", "output", "overwrite", "direction",
+              "native", "round_trip", "truth"}
 
-def get_args(argv=None):
-    """-> Namespace of all there is to set; its `given`, a dict: what was typed, which a resumed run obeys."""
-    parser = argparse.ArgumentParser("cyclegan.py", description=__doc__.split("\n")[1], allow_abbrev=False)
-    add, parser.error = parser.add_argument, die
-    add("--mode", choices=["train", "translate"], default="train", help="(train)")
-    add("--demo", action="store_true", help="draw toy faces, train small, translate, measure the error")
-    add("--out_dir", metavar="DIR", type=lambda x: x and os.path.normpath(x), help="of the run (runs/A2B)")
-    add("--resume", metavar="RUN", help="folder or latest.pt of a run to go on with; needs no other flag")
-    add("--seed", type=within(int, 0, 2**31), default=0, help="of weights, order, augmentation and pool (0)")
-    add("--device", default="auto", help="cuda, cuda:1, mps, cpu (auto: the first of these that there is)")
-    add("--dataA", nargs="+", metavar="DIR", help="folders with A-pictures, searched recursively")
-    add("--dataB", nargs="+", metavar="DIR", help="folders with B-pictures; need not be as many")
-    add("--load_size", type=within(int, 32, 9216), help="resize to this, then crop (286/256 of --size)")
-    add("--size", type=within(int, 32, 8192), default=256, help="pixels a side for the networks (256)")
-    add("--resize", choices=["stretch", "crop"], default="stretch", help="crop keeps the aspect (stretch)")
-    add("--flip", action=argparse.BooleanOptionalAction, default=True, help="mirror half the pictures (on)")
-    add("--workers", type=within(int, 0, 256), help="loading processes (0 on a CPU, up to 8 for each GPU)")
-    add("--generator", choices=GENERATORS, default="resnet", help="unet copies outlines readily (resnet)")
-    add("--blocks", type=within(int, 0, 64), help="residual blocks (9 from 256 pixels up, else 6)")
-    add("--ngf", type=within(int, 1, 1024), default=64, help="channels in a generator's first layer (64)")
-    add("--ndf", type=within(int, 1, 1024), default=64, help="channels in a discriminator's first layer (64)")
-    add("--upsample", choices=["deconv", "nearest"], default="deconv", help="nearest: no checkers (deconv)")
-    add("--gan_loss", choices=GAN_LOSSES, default="lsgan", help="(lsgan)")
-    add("--lambda_cycle", type=within(float, 0, 1e6), default=10.0, help="more: changes less (10)")
-    add("--lambda_identity", type=within(float, 0, 1e6), default=0.5, help="x the above; for colours (0.5)")
-    add("--pool_size", type=within(int, 0, 10**5), default=50, help="old fakes to train D with; 0: off (50)")
-    add("--epochs", type=within(int, 0, 10**6), default=100, help="at constant rate (100)")
-    add("--epochs_decay", type=within(int, 0, 10**6), default=100, help="then linearly to rate 0 (100)")
-    add("--max_steps", type=within(int, 1, 10**12), help="end here if the epochs do not end before (no cap)")
-    add("--batch_size", type=within(int, 1, 65536), default=1, help="pairs a step, in each process (1)")
-    add("--lr", type=within(float, 0, 10), default=2e-4, help="Adam's rate, used as given (2e-4)")
-    add("--beta1", type=within(float, 0, 0.9999), default=0.5, help="Adam's first momentum (0.5)")
-    add("--amp", choices=["auto", "off", "bf16", "fp16"], default="auto", help="(auto: bf16 where native)")
-    add("--compile", choices=["auto", "on", "off"], default="auto", help="(auto: on CUDA from 2000 steps)")
-    add("--log_every", type=within(int, 1, 10**9), default=100, help="steps (100)")
-    add("--sample_every", type=within(int, 1, 10**9), default=500, help="steps (500)")
-    add("--save_every", type=within(int, 1, 10**9), default=5000, help="steps; every epoch, too (5000)")
-    add("--tensorboard", action="store_true", help="log there, too (pip install tensorboard)")
-    add("--checkpoint", metavar="FILE", help="generators.pt, or a bare generator from other CycleGAN code")
-    add("--input", nargs="+", metavar="PATH", help="pictures, and folders of pictures, to translate")
-    add("--output", metavar="DIR", help="where to: the same tree, the same names, .png")
-    add("--direction", choices=["AtoB", "BtoA"], default="AtoB", help="(AtoB)")
-    add("--native", action="store_true", help="at each picture's own size instead of --size")
-    add("--round_trip", action="store_true", help="write NAME_back.png as well: there and back again")
-    add("--truth", metavar="DIR", help="the right answers, under the same names: prints the error")
+def get_args(argv=None, stored=None):
+    """-> Namespace of all flags: the defaults, then those stored in a checkpoint, then argv."""
+    def bounded(kind, low, high, text):
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
+        return kind(text)
+    count = functools.partial(bounded, int, 1, 10**9)
+    natural = functools.partial(bounded, int, 0, 10**9)
+    number = functools.partial(bounded, float, 0, 10**6)
+    def path(text):                     # absolute: a run can be resumed from another folder
+        return os.path.abspath(os.path.expanduser(text))
+    def add(name, kind, default, help, **options):
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif callable(kind):
+            options["type"] = kind
+        else:
+            options["choices"] = list(kind)
+        group.add_argument(f"--{name}", default=default, help=help, **options)
+
+    parser = argparse.ArgumentParser(
+        usage="python cyclegan.py [flags]", description=__doc__.partition("\nTwo generators")[0],
+        formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error = die
+    group = parser.add_argument_group("run")
+    add("mode", ["train", "translate"], "train", "--checkpoint implies translate (default: train)")
+    add("demo", bool, False, "draw toy faces, train on them, translate some, print the error")
+    add("out_dir", path, None, "folder of the run (default: runs/<A>2<B>)")
+    add("resume", path, None, "folder of a run to continue; needs no other flag")
+    add("seed", natural, 0, "of weights, data order, augmentation and image pools (default: 0)")
+    add("device", str, "auto", "cuda, cuda:1, mps or cpu (default: a GPU if there is one)")
+    group = parser.add_argument_group("data")
+    add("dataA", path, None, "folders of A images, searched recursively", nargs="+")
+    add("dataB", path, None, "folders of B images; the sizes may differ", nargs="+")
+    add("size", count, 256, "side of the training images, in pixels (default: 256)")
+    add("load_size", count, None, "resize to this, then crop (default: 286/256 of --size)")
+    add("resize", ["stretch", "crop"], "stretch", "crop keeps the aspect ratio (default: stretch)")
+    add("flip", bool, True, "mirror half of the images (default: yes)")
+    add("workers", natural, None, "loading processes (default: 0 on a CPU, up to 8 on a GPU)")
+    group = parser.add_argument_group("networks")
+    add("generator", GENERATORS, "resnet", "resnet is the paper's (default: resnet)")
+    add("blocks", natural, None, "residual blocks (default: 9 from 256 pixels up, else 6)")
+    add("ngf", count, 64, "channels of a generator's first layer (default: 64)")
+    add("ndf", count, 64, "channels of a discriminator's first layer (default: 64)")
+    add("upsample", ["deconv", "nearest"], "deconv", "nearest: no checkerboards (default: deconv)")
+    group = parser.add_argument_group("objective")
+    add("gan_loss", GAN_LOSSES, "lsgan", "lsgan is the paper's (default: lsgan)")
+    add("lambda_cycle", number, 10.0, "weight of cycle consistency (default: 10)")
+    add("lambda_identity", number, 0.5, "identity, relative to lambda_cycle (default: 0.5)")
+    add("pool_size", natural, 50, "earlier fakes kept for training D; 0 is off (default: 50)")
+    group = parser.add_argument_group("schedule")
+    add("epochs", natural, 100, "epochs at a constant learning rate (default: 100)")
+    add("epochs_decay", natural, 100, "epochs after these, in which it decays to 0 (default: 100)")
+    add("max_steps", count, 10**9, "end after this many steps, without decay (default: no limit)")
+    add("batch_size", count, 1, "pairs per step in each process (default: 1)")
+    add("lr", number, 2e-4, "learning rate of Adam (default: 2e-4)")
+    add("beta1", number, 0.5, "first beta of Adam (default: 0.5)")
+    group = parser.add_argument_group("speed")
+    add("amp", ["auto", "off", "bf16", "fp16"], "auto", "mixed precision (auto: bf16 if native)")
+    add("compile", ["auto", "on", "off"], "auto", "torch.compile (auto: on CUDA from 2,000 steps)")
+    group = parser.add_argument_group("output")
+    add("log_every", count, 100, "steps between rows of the log (default: 100)")
+    add("sample_every", count, 500, "steps between sample grids (default: 500)")
+    add("save_every", count, 2000, "steps between checkpoints (default: 2000)")
+    group = parser.add_argument_group("translate")
+    add("checkpoint", path, None, "generators.pt, or a generator from other CycleGAN code")
+    add("input", path, None, "images, and folders of images", nargs="+")
+    add("output", path, None, "folder that gets the same structure and names, as PNG")
+    add("overwrite", bool, False, "replace what an earlier translation wrote into --output")
+    add("direction", ["AtoB", "BtoA"], "AtoB", "which generator to use (default: AtoB)")
+    add("native", bool, False, "translate at each image's own size instead of --size")
+    add("round_trip", bool, False, "also write NAME_back.png, translated there and back")
+    add("truth", path, None, "folder of ground truth under the same names: print the error")
+
+    known = vars(parser.parse_args([])).keys() - NOT_STORED
+    if stored is not None and stored.keys() != known:
+        die(f"checkpoint of another version of cyclegan.py: {known ^ stored.keys()} differ")
+    parser.set_defaults(**stored or {})
     args = parser.parse_args(argv)
-    typed = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(args))))    # None: not typed
-    args.given = {name: value for name, value in vars(typed).items() if value is not None}
-    args.blocks = args.blocks if args.blocks is not None else 9 if args.size >= 256 else 6
-    args.load_size = args.load_size or args.size * 286 // 256
-    to_train = [] if args.demo or args.resume else ["dataA", "dataB"]
-    for name in ["checkpoint", "input", "output"] if args.mode == "translate" else to_train:
-        getattr(args, name) or die(f"--{name} is needed to {args.mode}; see --help, or try --demo")
-    args.epochs + args.epochs_decay or die("--epochs and --epochs_decay are both 0")
+    if args.checkpoint:
+        args.mode = "translate"
+    if args.load_size is None:
+        args.load_size = args.size * 286 // 256
+    if args.blocks is None:
+        args.blocks = 9 if args.size >= 256 else 6
+    required = {"train": ["dataA", "dataB"], "translate": ["checkpoint", "input", "output"]}
+    for name in required[args.mode]:
+        if not (getattr(args, name) or args.demo or args.resume):
+            die(f"--{name} is needed to {args.mode}; see --help, or try --demo")
+    if args.load_size < args.size or args.beta1 >= 1 or args.epochs + args.epochs_decay == 0:
+        die("--load_size must be at least --size, --beta1 below 1, --epochs not 0 everywhere")
     return args
 
-# ---- 2. Data -----------------------------------------------------------------------------------------------
-# Two folders and no pairs: a step takes one A and one B that have nothing to do with each other. Pictures
-# travel as uint8; on the device they become floats in [-1, 1], the range of the generators' tanh.
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif")
+# ---- 2. Data -------------------------------------------------------------------------------------
+# Two folders and no pairs: a step gets one image of A and an unrelated one of B. Images stay uint8
+# until they are on the device, where they become floats in [-1, 1], the range of the tanh of G.
+EXTENSIONS = set(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
+STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
+
 def find_images(top):
-    """Sorted names of the pictures in a folder and below, none hidden or of a run. Exits without any."""
-    os.path.isdir(top) or die(f"no folder {top}")
-    found = []
-    for folder, folders, names in os.walk(top, onerror=warn):
-        folders[:] = [x for x in folders if x[0] != "." and not os.path.exists(f"{folder}/{x}/latest.pt")]
-        names = [name for name in names if name[0] != "." and name.lower().endswith(EXTENSIONS)]
-        found += [os.path.relpath(os.path.join(folder, name), top) for name in names]
-    return sorted(found) or die(f"no pictures in {top} (looked for {' '.join(EXTENSIONS)})")
+    """-> sorted paths of the images in a folder and below, without hidden ones; or of one file."""
+    paths = [Path(top)]
+    for folder, subfolders, names in os.walk(top, onerror=print):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        paths += [Path(folder, name) for name in names if not name.startswith(".")]
+    images = sorted(path for path in paths if path.suffix.lower() in EXTENSIONS)
+    if not images:
+        die(f"no images in {top}; is it the right place?")
+    if len(images) < len(paths) - 1:
+        print(f"{top}: skipped {len(paths) - 1 - len(images)} files of other types")
+    return images
 
-def read_image(path, side=None):
-    """One picture as PIL RGB: upright, on white, 8 bits. A large JPEG may come smaller, no side below `side`.
-    Raises OSError, with the path in it, for whatever cannot be read."""
+def read_image(path, min_side=None):
+    """-> PIL RGB, EXIF-rotated, composited on white. Raises OSError if the file is unreadable."""
     try:
-        with open(path, "rb") as file, Image.open(file) as image:
-            image.draft(None, (side, side) if side else image.size)     # JPEG at 1/2, 1/4, 1/8: much faster
-            image = ImageOps.exif_transpose(image)              # phones store the turn as a tag
-        if image.mode.startswith("I"):                          # 16-bit grey: convert() clips it to white
-            image = Image.fromarray((np.asarray(image).clip(0, 65535) // 256).astype(np.uint8))
-        if image.has_transparency_data:
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image.convert("RGBA"))
-        return image.convert("RGB")
-    except Exception as error:                                  # decoders raise anything on broken files
+        with Image.open(path) as image:
+            if min_side:                # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size
+                image.draft(None, (min_side, min_side))
+            image = ImageOps.exif_transpose(image)
+    except Exception as error:          # decoders raise anything on broken files
         raise OSError(f"cannot read {path}: {error}") from None
+    if image.mode.startswith(("I", "F")):       # which value is white? The file does not say
+        raise OSError(f"cannot read {path}: it has more than 8 bits per channel; convert it to 8")
+    if image.has_transparency_data:
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image.convert("RGBA"))
+    return image.convert("RGB")
 
-def fit(image, args, rng=None):
-    """PIL RGB of any size -> (3, size, size) uint8. With `rng`: resized to load_size, cropped and mirrored at
-    random (in one resampling). Without: the whole picture (--resize stretch) or its central square."""
-    (w, h), load_size = image.size, args.load_size if rng else args.size
-    if args.mode == "translate" and args.native:
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    step = np.array([w, h] if args.resize == "stretch" else [min(w, h)] * 2) / load_size    # in old pixels
-    corner = (rng.random(2) if rng else 0.5) * ([w, h] - args.size * step)
-    box = np.clip([*corner, *(corner + args.size * step)], 0, [w, h, w, h])
-    image = image.resize((args.size, args.size), Image.Resampling.BICUBIC, box=tuple(box))
-    image = ImageOps.mirror(image) if rng and args.flip and rng.random() < 0.5 else image
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+def preprocess(image, args, augment=False):
+    """PIL RGB of any size -> (3, size, size) uint8. Augmentation crops and mirrors at random."""
+    side = args.load_size if augment else args.size
+    new_size = side if args.resize == "crop" else (side, side)      # a number: the shorter side
+    image = TF.resize(image, new_size, T.InterpolationMode.BICUBIC)
+    if augment:
+        image = T.RandomCrop(args.size)(image)
+    if augment and args.flip:
+        image = T.RandomHorizontalFlip()(image)
+    return TF.pil_to_tensor(TF.center_crop(image, args.size))
 
-@functools.lru_cache(maxsize=8)
-def shuffled(n, *seed):
-    """The numbers below n, in an order that depends on the seed alone."""
-    return np.random.default_rng(seed).permutation(n)
+def seed_torch(*key):
+    """Makes torch's random numbers from here on a pure function of the key."""
+    torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 class UnpairedImages(torch.utils.data.Dataset):
-    """Item n of an endless stream: (A, B), each (3, size, size) uint8, drawn from their folders separately.
-    An epoch has every picture of the larger domain once, repeats the smaller, and fills its last step up.
-    An item depends on (seed, epoch, index) alone, whoever loads it: so a resumed run is the same run."""
-    def __init__(self, args, step_pairs=1):
-        self.args, self.files, self.names, self.bad = args, [], [], []
-        args.load_size >= args.size or die(f"--load_size {args.load_size} is smaller than --size {args.size}")
-        for tops in (args.dataA, args.dataB):
-            found = [(top, name) for top in tops for name in find_images(top)]
-            # One array of bytes: a list of str is copied into every worker bit by bit, by reference counting.
-            self.files.append(np.array([os.fsencode(os.path.abspath(os.path.join(*pair))) for pair in found]))
-            self.names.append(zlib.crc32(os.fsencode("\n".join(name for _, name in found))))
-            self.bad.append(torch.zeros(len(found), dtype=torch.bool).share_memory_())      # in all workers
-        paths, counts = np.unique(np.concatenate(self.files), return_counts=True)
-        counts.max() == 1 or die(f"--dataA, --dataB: {os.fsdecode(paths[counts > 1][0])} is given twice")
-        self.epoch_steps = -(-max(map(len, self.files)) // step_pairs)
-        self.epoch_pairs = self.epoch_steps * step_pairs
+    """Item n of an endless stream: an image of A and one of B, each (3, size, size) uint8. Every lap
+    through a domain has a new order. An item is a pure function of (seed, n): this is why a resumed
+    run sees the same images, whatever the number of workers."""
+    def __init__(self, args):
+        self.args = args
+        self.paths_A = [path for folder in args.dataA for path in find_images(folder)]
+        self.paths_B = [path for folder in args.dataB for path in find_images(folder)]
+        path, n_times = Counter(self.paths_A + self.paths_B).most_common(1)[0]
+        if n_times > 1:
+            die(f"--dataA, --dataB: {path} is given twice")
 
     def __getitem__(self, n):
-        return tuple(self.deal(domain, *divmod(n, self.epoch_pairs)) for domain in (0, 1))
+        return self.load_item(self.paths_A, n, "A"), self.load_item(self.paths_B, n, "B")
 
-    def deal(self, domain, epoch, index, augment=True):
-        """Picture `index` of an epoch, of domain 0 (A) or 1 (B); every lap through it has another order."""
-        files = self.files[domain]
-        lap, index = divmod(index, len(files))
-        seed = self.args.seed, domain, epoch, lap
-        rng, k = np.random.default_rng((*seed, index)), shuffled(len(files), *seed)[index]
-        for _ in range(1000):
+    def load_item(self, paths, n, domain):
+        lap, i = divmod(n, len(paths))
+        k = np.random.default_rng((self.args.seed, lap, ord(domain))).permutation(len(paths))[i]
+        seed_torch(self.args.seed, n, domain)
+        for _ in range(100):
             try:
-                image = read_image(os.fsdecode(files[k]), self.args.load_size)
-                return fit(image, self.args, rng if augment else None)
-            except OSError as error:                            # a long run must not die of one broken file
-                self.bad[domain][k] or warn(f"{error}; another takes its place")        # once
-                self.bad[domain][k] = True
-                k = rng.integers(len(files))
-        raise OSError(f"--data{'AB'[domain]}: hardly a picture there can be read")
+                image = read_image(paths[k], self.args.load_size)
+            except OSError as error:    # one broken file must not end a long run
+                print(f"{error}; another image is used instead", file=sys.stderr, flush=True)
+                k = torch.randint(len(paths), ())
+            else:
+                return preprocess(image, self.args, augment=True)
+        die(f"{paths[k].parent}: gave up after 100 unreadable images")
 
-def quiet_worker(_):
-    """Signals are for the main process, which still needs a batch to end its step; SIGTERM: 20 s more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN), signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+def ignore_signals(_):
+    """For loader processes: the main process decides when to stop and needs data until then."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
-def make_loader(data, steps, runtime):
-    """Batches (real_A, real_B), (N, 3, size, size) uint8, for a range of steps; to each process its share."""
-    n, cuda = data.args.batch_size, runtime.device.type == "cuda"
-    starts = ((step * runtime.world + runtime.rank) * n for step in steps)
-    auto = min(8, (os.cpu_count() or 1) // runtime.local_world) if cuda else 0
-    return torch.utils.data.DataLoader(
-        data, batch_sampler=(range(start, start + n) for start in starts), worker_init_fn=quiet_worker,
-        num_workers=auto if data.args.workers is None else data.args.workers, pin_memory=cuda,
-        generator=torch.Generator())                            # the global one is for the pools alone
+def load_batches(data, steps, runtime):
+    """Yields real_A, real_B for a range of steps: (N, 3, size, size) in [-1, 1], on the device."""
+    args = data.args
+    num_workers = args.workers
+    if num_workers is None:
+        num_workers = min(8, os.cpu_count()) if runtime.is_cuda else 0
+    pairs_per_step = args.batch_size * runtime.world_size
+    pairs = range((steps.start - 1) * pairs_per_step, (steps.stop - 1) * pairs_per_step)
+    loader = torch.utils.data.DataLoader(
+        data, args.batch_size, sampler=pairs[runtime.rank::runtime.world_size],
+        num_workers=num_workers, worker_init_fn=ignore_signals, pin_memory=runtime.is_cuda)
+    for real_A, real_B in loader:
+        yield runtime.to_float(real_A), runtime.to_float(real_B)
 
-# ---- 3. Generators -----------------------------------------------------------------------------------------
-# Picture in, picture out, (N, 3, H, W) in [-1, 1]. All convolutions, so any size goes. Three habits: padding
-# by reflection (ResNet, stride 1), for a frame of zeros would show; instance norm, for contrast belongs to a
-# picture and not to the batch; tanh at the end, whose range is the pixels'.
+# ---- 3. Generators -------------------------------------------------------------------------------
+# Image in, image out: (N, 3, H, W) in [-1, 1], fully convolutional. Three choices of the paper:
+# reflection padding, because a border of zeros would show; instance norm, because contrast belongs
+# to an image and not to a batch; tanh, whose range is that of the images.
 class InstanceNorm(nn.Module):
-    """Each channel of each picture to mean 0 and variance 1, (N, C, H, W) -> same; nothing learned. Not
-    nn.InstanceNorm2d: its CPU gradients are wrong for a single picture in channels_last (torch 2.15)."""
+    """Each channel of each image to mean 0, variance 1: (N, C, H, W) -> same. Not nn.InstanceNorm2d,
+    whose CPU gradients are wrong for a single image in channels_last (torch 2.15)."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # CUDA's would make it float32
-            return F.group_norm(x, x.shape[1])
+        with torch.autocast(x.device.type, enabled=False):      # CUDA's would convert to float32
+            return F.group_norm(x, num_groups=x.shape[1])
 
-def upsample(n_in, n_out, args, kernel=3):
-    """Twice the side: transposed convolution (§7.2); or nearest and convolution, which leave no checkers."""
+def upsample(n_in, n_out, args, kernel_size=3):
+    """(N, n_in, H, W) -> (N, n_out, 2H, 2W). The paper has transposed convolutions (§7.2);
+    resizing before a convolution avoids their checkerboard artifacts (Odena et al. 2016)."""
     if args.upsample == "nearest":
         return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(n_in, n_out, 3, padding=1))
-    return nn.ConvTranspose2d(n_in, n_out, kernel, stride=2, padding=1, output_padding=kernel % 2)
+    output_padding = kernel_size % 2    # so that the size doubles exactly
+    return nn.ConvTranspose2d(n_in, n_out, kernel_size, 2, padding=1, output_padding=output_padding)
 
-class ResidualBlock(nn.Sequential):
-    """x + change(x), (N, n, h, w) -> same. Most of a picture is to stay as it is: that comes for free."""
+class ResidualBlock(nn.Module):
+    """x + f(x), (N, n, H, W) -> same: whatever should stay as it is need not be learned."""
     def __init__(self, n):
-        conv = functools.partial(nn.Conv2d, n, n, 3, padding=1, padding_mode="reflect")
-        super().__init__(conv(), InstanceNorm(), nn.ReLU(), conv(), InstanceNorm())
+        super().__init__()
+        self.conv1 = nn.Conv2d(n, n, 3, padding=1, padding_mode="reflect")
+        self.conv2 = nn.Conv2d(n, n, 3, padding=1, padding_mode="reflect")
+        self.norm = InstanceNorm()
 
     def forward(self, x):
-        return x + super().forward(x)
+        y = self.norm(self.conv1(x)).relu()
+        return x + self.norm(self.conv2(y))
 
 class ResNetGenerator(nn.Module):
-    """The paper's (§7.2): 11,378,179 parameters with 9 blocks, 7,837,699 with 6. H and W: multiples of 4."""
-    multiple = 4
+    """The paper's generator (§7.2): 11,378,179 parameters with 9 blocks, 7,837,699 with 6."""
+    size_multiple = 4                               # what H and W must be divisible by
+
     def __init__(self, args):
         super().__init__()
-        n, block = args.ngf, lambda conv: nn.Sequential(conv, InstanceNorm(), nn.ReLU())
-        self.stem = block(nn.Conv2d(3, n, 7, padding=3, padding_mode="reflect"))
-        self.down1 = block(nn.Conv2d(n, 2 * n, 3, stride=2, padding=1))
-        self.down2 = block(nn.Conv2d(2 * n, 4 * n, 3, stride=2, padding=1))
+        n = args.ngf
+        self.stem = nn.Conv2d(3, n, 7, padding=3, padding_mode="reflect")
+        self.down1 = nn.Conv2d(n, 2 * n, 3, stride=2, padding=1)
+        self.down2 = nn.Conv2d(2 * n, 4 * n, 3, stride=2, padding=1)
         self.blocks = nn.Sequential(*[ResidualBlock(4 * n) for _ in range(args.blocks)])
-        self.up1 = block(upsample(4 * n, 2 * n, args))
-        self.up2 = block(upsample(2 * n, n, args))
+        self.up1 = upsample(4 * n, 2 * n, args)
+        self.up2 = upsample(2 * n, n, args)
         self.head = nn.Conv2d(n, 3, 7, padding=3, padding_mode="reflect")
+        self.norm = InstanceNorm()
 
-    def forward(self, x):                       # (N,   3, H,   W)
-        x = self.stem(x)                        # (N,  64, H,   W)
-        x = self.down1(x)                       # (N, 128, H/2, W/2)
-        x = self.down2(x)                       # (N, 256, H/4, W/4)
-        x = self.blocks(x)                      # (N, 256, H/4, W/4)
-        x = self.up1(x)                         # (N, 128, H/2, W/2)
-        x = self.up2(x)                         # (N,  64, H,   W)
-        return self.head(x).tanh()              # (N,   3, H,   W)
+    def forward(self, x):                           # (N,   3, H,   W)
+        x = self.norm(self.stem(x)).relu()          # (N,  64, H,   W)
+        x = self.norm(self.down1(x)).relu()         # (N, 128, H/2, W/2)
+        x = self.norm(self.down2(x)).relu()         # (N, 256, H/4, W/4)
+        x = self.blocks(x)                          # (N, 256, H/4, W/4)
+        x = self.norm(self.up1(x)).relu()           # (N, 128, H/2, W/2)
+        x = self.norm(self.up2(x)).relu()           # (N,  64, H,   W)
+        return self.head(x).tanh()                  # (N,   3, H,   W)
 
 class UNetGenerator(nn.Module):
-    """pix2pix's U-Net: halve the side as often as it goes, 8 times at most, double it back, hand each level's
-    features across. H and W multiples of 2**levels. Parameters: 54,409,603 with 8 levels (256 pixels)."""
-    multiple = 32                               # at least; each network sets its own
-    def __init__(self, args):
+    """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. Its levels are nested: each halves
+    its input, hands it to the level inside, doubles the result and appends it to the input."""
+    size_multiple = 32                              # at least; 2**levels in each network
+
+    def __init__(self, args, level=1, n_in=3):
         super().__init__()
         levels = max(k for k in range(9) if args.size % 2**k == 0)
-        self.multiple = 2**levels
-        n = [3] + [args.ngf * min(2**k, 8) for k in range(levels)]
-        self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
-        for k in range(levels):                 # no norm outermost; nor innermost: on 1x1 it leaves 0
-            relu, norm = [nn.LeakyReLU(0.2)] * (k > 0), [InstanceNorm()] * (0 < k < levels - 1)
-            self.downs.append(nn.Sequential(*relu, nn.Conv2d(n[k], n[k + 1], 4, 2, 1), *norm))
-        for k in reversed(range(levels)):       # fed from below and, but for the innermost, from across
-            conv = upsample(n[k + 1] * (1 if k == levels - 1 else 2), n[k], args, kernel=4)
-            self.ups.append(nn.Sequential(nn.ReLU(), conv, *([InstanceNorm()] if k > 0 else [])))
+        n = args.ngf * min(2 ** (level - 1), 8)
+        self.size_multiple = 2**levels
+        self.is_outermost = level == 1
+        self.down = nn.Conv2d(n_in, n, 4, stride=2, padding=1)
+        self.inside = UNetGenerator(args, level + 1, n) if level < levels else None
+        self.up = upsample(2 * n if self.inside else n, n_in, args, kernel_size=4)
+        self.norm = InstanceNorm()
 
-    def forward(self, x):                       # (N,   3, H,     W)
-        across = []
-        for down in self.downs:
-            x = down(x)                         # (N,  64, H/2,   W/2) ... (N, 512, H/256, W/256)
-            across.append(x)
-        x = self.ups[0](across.pop())           # (N, 512, H/128, W/128)
-        for up in self.ups[1:]:
-            x = up(torch.cat([across.pop(), x], dim=1))     # (N, 512, H/64, W/64) ... (N, 3, H, W)
-        return x.tanh()                         # (N,   3, H,     W)
+    def forward(self, x):                           # (N, n_in, H,   W)
+        if self.is_outermost:
+            y = self.inside(self.down(x))           # (N, 2n,   H/2, W/2)
+            return self.up(y.relu()).tanh()         # (N, 3,    H,   W)
+        y = self.down(F.leaky_relu(x, 0.2))         # (N, n,    H/2, W/2)
+        if self.inside is not None:                 # innermost, a norm could turn 1x1 into 0
+            y = self.inside(self.norm(y))           # (N, 2n,   H/2, W/2)
+        y = self.norm(self.up(y.relu()))            # (N, n_in, H,   W)
+        return torch.cat([x, y], dim=1)             # (N, 2n_in, H,  W)
 
 GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 
-# ---- 4. Discriminator --------------------------------------------------------------------------------------
-# Not one verdict but hundreds, one for each 70x70 patch (§4), on colour and texture; the cycle looks after
-# the layout. Back from a score, side = (side - 1) * stride + 4: a patch grows 1 -> 4 -> 7 -> 16 -> 34 -> 70.
-class PatchDiscriminator(nn.Sequential):
-    """70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores: the losses know what to make of them."""
+# ---- 4. Discriminator ----------------------------------------------------------------------------
+# A score for each 70x70 patch instead of one for the image (§4): texture and color can be judged
+# locally, and the cycle preserves the layout. Seen from the output, the receptive field of a score
+# grows by side = (side - 1) * stride + 4 per layer: 1, 4, 7, 16, 34, 70.
+class PatchDiscriminator(nn.Module):
+    """The 70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores; a sigmoid is up to the loss."""
     def __init__(self, args):
+        super().__init__()
         n = args.ndf
-        super().__init__(                                                           # (N,   3, H,     W)
-            nn.Conv2d(3, n, 4, 2, 1), nn.LeakyReLU(0.2),                            # (N,  64, H/2,   W/2)
-            nn.Conv2d(n, 2 * n, 4, 2, 1), InstanceNorm(), nn.LeakyReLU(0.2),        # (N, 128, H/4,   W/4)
-            nn.Conv2d(2 * n, 4 * n, 4, 2, 1), InstanceNorm(), nn.LeakyReLU(0.2),    # (N, 256, H/8,   W/8)
-            nn.Conv2d(4 * n, 8 * n, 4, 1, 1), InstanceNorm(), nn.LeakyReLU(0.2),    # (N, 512, H/8-1, W/8-1)
-            nn.Conv2d(8 * n, 1, 4, 1, 1))                                           # (N,   1, H/8-2, W/8-2)
-    def forward(self, x):                           # inherited, it is not compiled whole by torch 2.11
-        return super().forward(x)
+        self.conv1 = nn.Conv2d(3, n, 4, stride=2, padding=1)
+        self.conv2 = nn.Conv2d(n, 2 * n, 4, stride=2, padding=1)
+        self.conv3 = nn.Conv2d(2 * n, 4 * n, 4, stride=2, padding=1)
+        self.conv4 = nn.Conv2d(4 * n, 8 * n, 4, stride=1, padding=1)
+        self.conv5 = nn.Conv2d(8 * n, 1, 4, stride=1, padding=1)
+        self.norm = InstanceNorm()
+        self.act = nn.LeakyReLU(0.2)
+
+    def forward(self, x):                               # (N,   3, H,     W)
+        x = self.act(self.conv1(x))                     # (N,  64, H/2,   W/2)
+        x = self.act(self.norm(self.conv2(x)))          # (N, 128, H/4,   W/4)
+        x = self.act(self.norm(self.conv3(x)))          # (N, 256, H/8,   W/8)
+        x = self.act(self.norm(self.conv4(x)))          # (N, 512, H/8-1, W/8-1)
+        return self.conv5(x)                            # (N,   1, H/8-2, W/8-2)
 
 def init_weights(module):
-    """N(0, 0.02) for the weights of every convolution (§7.1), 0 for its bias."""
+    """N(0, 0.02) for the kernel of a convolution (§7.1), 0 for its bias."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        nn.init.normal_(module.weight, 0.0, 0.02)
-        nn.init.zeros_(module.bias)
+        for parameter in module.parameters():       # not .weight, which spectral norm recomputes
+            nn.init.normal_(parameter, 0.0, 0.02 if parameter.ndim == 4 else 0.0)
 
-# ---- 5. Image pool -----------------------------------------------------------------------------------------
-# A discriminator that sees only the newest fakes forgets old tricks, and the generators come back to them:
-# round and round instead of better. So half the fakes it sees are older (§4, Shrivastava et al. 2017).
+# ---- 5. Image pool -------------------------------------------------------------------------------
+# A discriminator that sees only the newest fakes forgets old ones, and the generators can return to
+# them: training oscillates. So half of the fakes it sees are older (§4, Shrivastava et al. 2017).
 class ImagePool:
     """Up to `size` earlier fakes of one domain; size 0 is off."""
     def __init__(self, size):
-        self.size, self.images = size, []
+        self.size = size
+        self.images = []
 
     def query(self, fakes):
-        """(N, 3, H, W), detached -> same. Once full, each fake is swapped for a stored one half the time."""
-        shown = list(fakes)
-        for i, fake in enumerate(fakes if self.size else []):
+        """(N, 3, H, W), detached -> same. A full pool exchanges half of them for stored ones."""
+        result = []
+        for fake in fakes:
             if len(self.images) < self.size:
                 self.images.append(fake.clone())
-            elif torch.rand(()) < 0.5:
+            elif self.size > 0 and torch.rand(()) < 0.5:
                 k = int(torch.randint(self.size, ()))
-                shown[i], self.images[k] = self.images[k], fake.clone()
-        return torch.stack(shown)
+                stored = self.images[k].to(fake)    # a loaded pool is on the CPU
+                self.images[k] = fake.clone()
+                fake = stored
+            result.append(fake)
+        return torch.stack(result)
 
-# ---- 6. Objective ------------------------------------------------------------------------------------------
-# Three wishes for a generator. Adversarial (Eq. 1): the result passes for the other domain; but one picture
-# of that domain would do for every source. Cycle (Eq. 2): the way back finds the source; but a tint, or all
-# colours inverted, can be undone on the way. Identity (§5.2): G_AB leaves a real B as it is, colours and all.
-#   Healthy (lsgan): D(real) and D(fake) stay apart but near 0.5; D_A, D_B are 0.1 to 0.25 (0.25: guessing),
-# adv 0.3 to 0.6; cycle and idt (logged times their weight) fall for long. Dead: D_A, D_B near 0, adv near 1,
-# for good. Copying: the same numbers, for fake_B is real_A again, which D_B tells with ease: see the grid.
+    def state_dict(self):
+        return {"images": [image.cpu() for image in self.images]}
+
+    def load_state_dict(self, state):
+        self.images = state["images"][:self.size]
+
+# ---- 6. Objective --------------------------------------------------------------------------------
+# Three terms for the generators. Adversarial (Eq. 1): the output looks like the other domain. Alone,
+# it would allow one such image for all inputs (collapse). Cycle (Eq. 2): translating back recovers
+# the input. Alone, it would allow any reversible change, such as inverted colors. Identity (§5.2):
+# G_AB leaves a real B as it is, which keeps colors. Too much of it, and copying is the best answer.
+#   Healthy lsgan runs have D_A and D_B between 0.1 and 0.25 (0.25 is guessing), adv between 0.3 and
+# 0.6, D(real) and D(fake) apart but near 0.5; cycle and idt, logged with their weights, fall for many
+# epochs. D_A, D_B near 0 and adv near 1: D has won, or G copies its input. The samples tell which.
 def lsgan(scores, target):
-    """Least squares (§4, Mao et al. 2017): a fake taken for real, but not near 1, is still moved."""
+    """Least squares (§4, Mao et al. 2017): even a fake that fools D is pulled to the target."""
     return F.mse_loss(scores, torch.full_like(scores, target))
 
-def bce(scores, target):
-    """Cross-entropy on logits: Eq. 1, G's side non-saturating; a fake once taken for real moves no more."""
-    return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, target))
+def bce(scores, target, reduction="mean"):
+    """Cross-entropy on logits: Eq. 1, with the non-saturating loss for G."""
+    targets = torch.full_like(scores, target)
+    return F.binary_cross_entropy_with_logits(scores, targets, reduction=reduction)
 
 def focal(scores, target, gamma=2.0):
-    """Lin et al. 2017, Eq. 4: cross-entropy times (1 - p)^gamma: patches already told apart count little."""
-    entropy = F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, target), reduction="none")
-    return ((1 - (-entropy).exp()) ** gamma * entropy).mean()                   # exp(-entropy) is p
+    """Lin et al. 2017, Eq. 4: cross-entropy times (1 - p)^gamma, so easy patches count less."""
+    entropy = bce(scores, target, reduction="none")
+    p = (-entropy).exp()                # the probability that D gives to the right answer
+    return ((1 - p) ** gamma * entropy).mean()
 
-def ghm(scores, target, bins=10):
-    """GHM-C, Li et al. 2019, Eq. 7: mean cross-entropy in each bin of like gradient |p - target|, then over
-    the bins in use: neither the many easy patches nor a few outliers rule."""
-    entropy = F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, target), reduction="none")
-    bin_of = ((scores.detach().sigmoid() - target).abs() * bins).long().clamp(max=bins - 1)
-    in_bin = F.one_hot(bin_of.flatten(), bins).to(entropy.dtype)                # (patches, bins)
-    count = in_bin.sum(0)
-    return ((entropy.flatten()[:, None] * in_bin).sum(0) / count.clamp(min=1)).sum() / (count > 0).sum()
+def ghm(scores, target, n_bins=10):
+    """GHM-C, Li et al. 2019, Eq. 7: mean cross-entropy per bin of equal gradient |p - target|, then
+    mean over the bins, so neither the many easy patches nor a few outliers dominate."""
+    entropy = bce(scores, target, reduction="none").flatten()
+    gradient = (scores.detach().sigmoid() - target).abs().flatten()
+    bins = (gradient * n_bins).long().clamp(max=n_bins - 1)
+    n_in_bin = F.one_hot(bins, n_bins).sum(dim=0)
+    return (entropy / n_in_bin[bins]).sum() / (n_in_bin > 0).sum()
 
-# Name: (loss of D, loss of G). Focal and GHM-C weigh D's patches; their generators get plain cross-entropy.
+# name: (loss of D, loss of G). Focal and GHM-C are for D; its G gets plain cross-entropy.
 GAN_LOSSES = {"lsgan": (lsgan, lsgan), "bce": (bce, bce), "focal": (focal, bce), "ghm": (ghm, bce)}
 
 class CycleGAN(nn.Module):
-    """Both generators, both discriminators and what each pair minimises; built from the flags alone."""
+    """Two generators, two discriminators, and what each pair minimizes."""
     def __init__(self, args):
         super().__init__()
-        new = GENERATORS[args.generator]
-        args.size % new.multiple == 0 or die(f"--size {args.size} is not a multiple of {new.multiple}")
-        self.G = nn.ModuleDict({name: new(args) for name in ("AB", "BA")})
-        self.D = nn.ModuleDict({name: PatchDiscriminator(args) for name in ("A", "B")})
-        self.d_loss, self.g_loss = GAN_LOSSES.get(args.gan_loss) or die(f"no --gan_loss {args.gan_loss} here")
-        self.lambda_cycle, self.weight_identity = args.lambda_cycle, args.lambda_cycle * args.lambda_identity
-        self.apply(init_weights)
+        Generator = GENERATORS[args.generator]
+        if args.size < 32 or args.size % Generator.size_multiple:
+            die(f"--size {args.size} must be a multiple of {Generator.size_multiple}, at least 32")
+        self.G_AB, self.G_BA = Generator(args), Generator(args)
+        self.D_A, self.D_B = PatchDiscriminator(args), PatchDiscriminator(args)
+        for network in (self.G_AB, self.G_BA, self.D_A, self.D_B):
+            network.apply(init_weights)
+        self.d_loss, self.g_loss = GAN_LOSSES[args.gan_loss]
+        self.lambda_cycle = args.lambda_cycle
+        self.lambda_identity = args.lambda_cycle * args.lambda_identity     # the flag is relative
 
     def generator_loss(self, real_A, real_B):
-        """Eq. 3 and the identity term. Pictures: (N, 3, H, W) in [-1, 1].
-        -> loss, terms (name: weighted scalar; they add up to the loss), fake_A, fake_B (detached)."""
-        n, identity = len(real_A), self.weight_identity > 0
-        # Instance norm never mixes pictures: what is to be translated and what to be left alone share a pass.
-        out_B = self.G.AB(torch.cat([real_A, real_B]) if identity else real_A)
-        out_A = self.G.BA(torch.cat([real_B, real_A]) if identity else real_B)
-        fake_B, idt_B = out_B[:n], out_B[n:]
-        fake_A, idt_A = out_A[:n], out_A[n:]
-        rec_A, rec_B = self.G.BA(fake_B), self.G.AB(fake_A)
-        terms = {"adv_AB": self.g_loss(self.D.B(fake_B), 1.0),
-                 "adv_BA": self.g_loss(self.D.A(fake_A), 1.0),
-                 "cycle_A": self.lambda_cycle * (rec_A - real_A).abs().mean(),
-                 "cycle_B": self.lambda_cycle * (rec_B - real_B).abs().mean()}
-        if identity:
-            terms["idt_A"] = self.weight_identity * (idt_A - real_A).abs().mean()
-            terms["idt_B"] = self.weight_identity * (idt_B - real_B).abs().mean()
+        """Eq. 3 plus the identity term. Images: (N, 3, H, W) in [-1, 1].
+        -> loss, its terms (name: weighted scalar), fake_A, fake_B (detached)."""
+        n = len(real_A)
+        if self.lambda_identity > 0:    # one pass for both: instance norm never mixes images
+            fake_B, idt_B = self.G_AB(torch.cat([real_A, real_B])).split(n)
+            fake_A, idt_A = self.G_BA(torch.cat([real_B, real_A])).split(n)
+        else:
+            fake_B = self.G_AB(real_A)
+            fake_A = self.G_BA(real_B)
+        rec_A = self.G_BA(fake_B)
+        rec_B = self.G_AB(fake_A)
+        terms = {"adv_AB": self.g_loss(self.D_B(fake_B), 1.0),
+                 "adv_BA": self.g_loss(self.D_A(fake_A), 1.0),
+                 "cycle_A": self.lambda_cycle * F.l1_loss(rec_A, real_A),
+                 "cycle_B": self.lambda_cycle * F.l1_loss(rec_B, real_B)}
+        if self.lambda_identity > 0:
+            terms["idt_A"] = self.lambda_identity * F.l1_loss(idt_A, real_A)
+            terms["idt_B"] = self.lambda_identity * F.l1_loss(idt_B, real_B)
         return sum(terms.values()), terms, fake_A.detach(), fake_B.detach()
 
     def discriminator_loss(self, real_A, real_B, fake_A, fake_B):
-        """Real is to score 1, fake 0. Halved, meant to slow D (§7.1), though Adam hardly feels a factor.
-        -> loss, terms (the two losses, and the mean raw scores of real and fake; logits, but for lsgan)."""
+        """Real images should score 1, fakes 0. Halved to slow D down (§7.1), though Adam is nearly
+        invariant to the scale of a loss. -> loss, terms: both losses and mean scores, for the log."""
         n = len(real_A)
-        score_A = self.D.A(torch.cat([real_A, fake_A]))
-        score_B = self.D.B(torch.cat([real_B, fake_B]))
-        D_A = 0.5 * (self.d_loss(score_A[:n], 1.0) + self.d_loss(score_A[n:], 0.0))
-        D_B = 0.5 * (self.d_loss(score_B[:n], 1.0) + self.d_loss(score_B[n:], 0.0))
-        real, fake = (score_A[:n] + score_B[:n]).mean() / 2, (score_A[n:] + score_B[n:]).mean() / 2
-        return D_A + D_B, {"D_A": D_A, "D_B": D_B, "D(real)": real, "D(fake)": fake}
+        score_real_A, score_fake_A = self.D_A(torch.cat([real_A, fake_A])).split(n)
+        score_real_B, score_fake_B = self.D_B(torch.cat([real_B, fake_B])).split(n)
+        loss_A = 0.5 * (self.d_loss(score_real_A, 1.0) + self.d_loss(score_fake_A, 0.0))
+        loss_B = 0.5 * (self.d_loss(score_real_B, 1.0) + self.d_loss(score_fake_B, 0.0))
+        terms = {"D_A": loss_A, "D_B": loss_B,
+                 "D(real)": torch.cat([score_real_A, score_real_B]).mean(),
+                 "D(fake)": torch.cat([score_fake_A, score_fake_B]).mean()}
+        return loss_A + loss_B, terms
 
-# ---- 7. One step -------------------------------------------------------------------------------------------
-def train_step(model, pools, runtime, real_A, real_B):
-    """Move the generators, then the discriminators. Pictures: (N, 3, H, W) in [-1, 1]. -> terms, by name."""
-    model.D.requires_grad_(False)           # G's gradient passes through D; D's own is not needed
+# ---- 7. One step ---------------------------------------------------------------------------------
+def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
+    """Updates the generators, then the discriminators. Images (N, 3, H, W) in [-1, 1] -> terms."""
+    seed_torch(runtime.args.seed, step, runtime.rank)   # so that a resumed run repeats the step
+    model.D_A.requires_grad_(False)     # G's gradient passes through D, but D's own is not needed
+    model.D_B.requires_grad_(False)
     with runtime.autocast():
-        loss, g_terms, fake_A, fake_B = model.generator_loss(real_A, real_B)
-    runtime.update("G", loss)
-    model.D.requires_grad_(True)            # the fakes came detached: from here no gradient reaches G
-    fake_A, fake_B = pools["A"].query(fake_A), pools["B"].query(fake_B)
-    with runtime.autocast():
-        loss, d_terms = model.discriminator_loss(real_A, real_B, fake_A, fake_B)
-    runtime.update("D", loss)
-    return g_terms | d_terms
+        loss, terms_G, fake_A, fake_B = model.generator_loss(real_A, real_B)
+    runtime.backward(loss)
+    runtime.step(optimizers["G"])
 
-# ---- 8. Plumbing -------------------------------------------------------------------------------------------
+    model.D_A.requires_grad_(True)
+    model.D_B.requires_grad_(True)
+    fake_A = pools["A"].query(fake_A)   # detached: from here on no gradient reaches the generators
+    fake_B = pools["B"].query(fake_B)
+    with runtime.autocast():
+        loss, terms_D = model.discriminator_loss(real_A, real_B, fake_A, fake_B)
+    runtime.backward(loss)
+    runtime.step(optimizers["D"])
+    return {name: term.detach() for name, term in (terms_G | terms_D).items()}
+
+# ---- 8. Runtime ----------------------------------------------------------------------------------
+# Skip on first reading: device, precision and processes. Nothing here changes the mathematics.
 class Runtime:
-    """Skip this at first: it changes no mathematics. Device, precision, compiling; `rank` among `world`."""
+    """Where a step runs. torchrun starts `world_size` processes, each with a `rank` of its own."""
     def __init__(self, args):
-        env = lambda name, default: int(os.environ.get(name) or default)         # set by torchrun
-        self.rank, self.world = env("RANK", 0), env("WORLD_SIZE", 1)
-        local_rank, self.local_world = env("LOCAL_RANK", 0), env("LOCAL_WORLD_SIZE", 1)
-        best = torch.accelerator.current_accelerator(check_available=True)
-        kind = args.device if args.device != "auto" else best.type if best else "cpu"
+        self.args = args
+        self.rank = int(os.environ.get("RANK", 0))
+        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
+        name = args.device
+        if name == "auto":
+            name = "cpu"
+            if torch.accelerator.is_available():
+                name = torch.accelerator.current_accelerator().type
+        if name == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
-            self.device = torch.device(f"cuda:{local_rank}" if kind == "cuda" else kind)
-            torch.zeros(1, device=self.device).item()           # "meta" has no values
-        except Exception as error:
-            die(f"--device {kind} is not to be had here ({str(error)[:100]}); --device cpu is")
-        cuda = self.device.type == "cuda"
-        cuda and torch.cuda.set_device(self.device)
-        bf16 = (torch.cuda.is_bf16_supported(including_emulation=False) if cuda else    # emulated on a T4
-                self.device.type == "cpu" and torch.cpu._is_avx512_bf16_supported())
-        amp = args.amp if args.amp != "auto" else "bf16" if bf16 else "fp16" if cuda else "off"
-        self.dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-        self.to_float = lambda x: x.to(self.device, non_blocking=cuda).float() / 127.5 - 1  # to [-1, 1]
-        self.autocast = lambda: torch.autocast(self.device.type, self.dtype, enabled=amp != "off")
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp == "fp16")     # else it does nothing
-        if self.world > 1 and not dist.is_initialized():
-            backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
-            dist.init_process_group(backend, device_id=self.device if cuda else None)
-    def prepare(self, model, args, steps):
-        """Move the networks here, give them optimizers, and compile them if `steps` steps are worth it."""
-        adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
-        self.optimizers = {k: adam(nets.parameters()) for k, nets in model.to(self.device).named_children()}
-        torch.backends.cudnn.benchmark = True                   # sizes stay: try every algorithm once
-        if args.compile == "on" or args.compile == "auto" and self.device.type == "cuda" and steps >= 2000:
-            torch._dynamo.config.suppress_errors = args.compile == "auto"   # no compiler, old GPU: run eager
-            for network in (*model.G.values(), *model.D.values()):
-                network.compile(dynamic=False)
-    def update(self, name, loss):
-        """Back-propagate `loss` and step the optimizer of "G" or "D". The only place that does either."""
-        optimizer = self.optimizers[name]
-        self.scaler.scale(loss).backward()
-        self.average([p.grad for p in optimizer.param_groups[0]["params"]])
-        self.scaler.step(optimizer)                             # after averaging: one overflow is everyone's
-        self.scaler.update()
-        for each in self.optimizers.values():                   # both, at once: the next pass needs memory
-            each.zero_grad()
-    def average(self, tensors):
-        """Mean over processes, in place: one flat all-reduce, after the backward pass, not during it."""
-        if self.world > 1:
-            flat = nn.utils.parameters_to_vector(tensors)
-            try:
-                dist.all_reduce(flat)
-            except RuntimeError as error:
-                die(f"lost the other processes ({error}); --resume goes on from the last checkpoint")
-            nn.utils.vector_to_parameters(flat.div_(self.world), tensors)
+            self.device = torch.device(name)
+            torch.zeros(1, device=self.device).item()
+        except Exception as error:      # each kind of device raises its own
+            die(f"--device {name} is not available ({str(error)[:80]}); try --device cpu")
+        self.is_cuda = self.device.type == "cuda"
+        if self.is_cuda:
+            torch.cuda.set_device(self.device)
+            torch.backends.cudnn.benchmark = True       # sizes are fixed: try all algorithms
+        if self.world_size > 1 and not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
+        self.precision = self.best_precision() if args.amp == "auto" else args.amp
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
 
-# ---- 9. Outputs --------------------------------------------------------------------------------------------
-# Samples: look at rows 2 and 5, the translations, then whether 3 and 6 lead back to 1 and 4. Losses: see 6.
-save_png = functools.partial(save_image, format="png", normalize=True, value_range=(-1, 1))
-def save(path, write, thing, **options):
-    """write(thing, file), under another name until complete: a crash or a full disk leaves what was there."""
+    def best_precision(self):
+        if self.is_cuda:                # a T4 emulates bf16, slowly
+            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
+        return "bf16" if self.device.type == "cpu" and has_bf16() else "off"
+
+    def autocast(self):
+        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
+        return torch.autocast(self.device.type, dtype, enabled=self.precision != "off")
+
+    def compile(self, model, n_steps):
+        """Compiles the networks; --compile auto does so if it pays, and carries on if it cannot."""
+        is_auto = self.args.compile == "auto"
+        if self.args.compile == "on" or (is_auto and self.is_cuda and n_steps >= 2000):
+            torch._dynamo.config.suppress_errors = is_auto
+            for network in (model.G_AB, model.G_BA, model.D_A, model.D_B):
+                network.compile(dynamic=False)
+
+    def to_float(self, images):
+        """uint8 -> float in [-1, 1], on the device."""
+        return images.to(self.device, non_blocking=True).float() / 127.5 - 1
+
+    def backward(self, loss):
+        self.scaler.scale(loss).backward()      # scaled in fp16 only
+
+    def step(self, optimizer):
+        """Updates parameters by their gradients, averaged over processes; frees the gradients."""
+        self.average([p.grad for group in optimizer.param_groups for p in group["params"]])
+        self.scaler.step(optimizer)             # after averaging: an overflow is skipped everywhere
+        self.scaler.update()
+        optimizer.zero_grad()
+
+    def average(self, tensors):
+        """Replaces tensors by their means over all processes, in one all-reduce."""
+        if self.world_size == 1:
+            return
+        flat = nn.utils.parameters_to_vector(tensors)
+        try:
+            dist.all_reduce(flat)
+        except RuntimeError as error:
+            die(f"lost the other processes ({error}); --resume continues from the last checkpoint")
+        nn.utils.vector_to_parameters(flat / self.world_size, tensors)
+
+    def mean(self, numbers):
+        """-> the mean of each number over all processes."""
+        tensor = torch.tensor(numbers, dtype=torch.float64)
+        self.average([tensor])
+        return tensor.tolist()
+
+    def print(self, text):
+        if self.rank == 0:
+            print(text, flush=True)
+
+# ---- 9. Outputs ----------------------------------------------------------------------------------
+save_png = functools.partial(save_image, format="png", nrow=6, normalize=True, value_range=(-1, 1))
+
+def write_file(path, write, content):
+    """write(content, file) gets a temporary file: a crash or a full disk leaves the old one."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.part", "wb") as file:
-            write(thing, file, **options)
-            file.flush(), os.fsync(file.fileno())
+            write(content, file)
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
-    except (OSError, RuntimeError) as error:                    # RuntimeError: torch.save's for a full disk
-        os.path.exists(f"{path}.part") and os.remove(f"{path}.part")
-        die(f"cannot write {path} ({error}); what was there before is untouched")
+    except (OSError, RuntimeError) as error:       # torch.save raises the latter
+        die(f"cannot write {path} ({error}); is the disk full? The old file is unchanged")
+
+def progress(text, start_time, done, total):
+    """A live line with the time left: on a terminal, from the fifth of `total` steps on."""
+    if done >= 5 and sys.stdout.isatty():
+        seconds = int((time.time() - start_time) / done * (total - done))
+        print(f"{text}, {datetime.timedelta(seconds=seconds)} left\033[K", end="\r", flush=True)
 
 @torch.no_grad()
-def save_samples(path, model, runtime, real_A, real_B):
-    """A grid, a column a picture; rows: real A, fake B, back to A, real B, fake A, back to B."""
-    AB, BA = model.G.AB.forward, model.G.BA.forward             # .forward: compiling is not worth it
+def save_samples(path, generators, runtime, real_A, real_B):
+    """Writes a grid, a column per image. Rows: real A, fake B, rec A, real B, fake A, rec B. Rows 2
+    and 5 are the translations; rows 3 and 6, translated back, should equal rows 1 and 4."""
+    G_AB = generators["G_AB"].forward           # not compiled: this batch has another size
+    G_BA = generators["G_BA"].forward
     with runtime.autocast():
-        fake_B, fake_A = AB(real_A), BA(real_B)
-        rows = [real_A, fake_B, BA(fake_B), real_B, fake_A, AB(fake_A)]
-    save(path, save_png, torch.cat(rows).cpu(), nrow=len(real_A))
+        real_A, real_B = runtime.to_float(real_A), runtime.to_float(real_B)
+        fake_B, fake_A = G_AB(real_A), G_BA(real_B)
+        rows = [real_A, fake_B, G_BA(fake_B), real_B, fake_A, G_AB(fake_A)]
+    write_file(path, save_png, torch.cat(rows).float())
 
 class Log:
-    """The mean of every term since the last row: into log.csv (its lines: `rows`) and onto the terminal."""
-    def __init__(self, args, runtime, total, epoch_steps):
-        self.args, self.runtime, self.total, self.epoch_steps = args, runtime, total, epoch_steps
-        self.rows, self.written, self.sums, self.start, self.steps, self.waited = [], 0, {}, time.time(), 0, 0
-        if args.tensorboard and runtime.rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-            self.board = SummaryWriter(args.out_dir)
-    def add(self, step, terms, waited):
-        """Add up a step's terms, without waiting for the device, and the seconds spent waiting for data."""
-        self.sums = {name: self.sums.get(name, 0) + term.detach().float() for name, term in terms.items()}
-        self.steps, self.waited = self.steps + 1, self.waited + waited
-        if self.runtime.rank == 0 and sys.stdout and sys.stdout.isatty():
-            print(f"\r\033[K{step}/{self.total}", end="\r", flush=True)
-    def row(self, step, rate):
-        """Write the row that ends with `step`, means over processes -> text. Exits if one is not finite."""
-        means = torch.stack(list(self.sums.values())) / self.steps
-        self.runtime.average([means])
-        seconds, means = time.time() - self.start, dict(zip(self.sums, means.tolist()))
-        if bad := [name for name, value in means.items() if not np.isfinite(value)]:
-            die(f"step {step}: {', '.join(bad)} not finite; try --resume with a lower --lr or with --amp off")
-        speed = 2 * self.steps * self.args.batch_size * self.runtime.world / seconds      # A and B
-        row = {"step": step, "epoch": step / self.epoch_steps, "rate": rate, **means,
-               "images_per_s": round(speed, 2), "waiting": round(self.waited / seconds, 4)}
-        header, line = (",".join(map(str, part)) + "\n" for part in (row, row.values()))
-        headers = [old for old in self.rows if old.startswith("step")]
-        self.rows += [line] if headers[-1:] == [header] else [header, line]     # at first; when terms change
-        text = (f"step {step}/{self.total}  epoch {row['epoch']:.2f}  rate {rate:.2e}  "
-                + "  ".join(f"{name} {value:.3f}" for name, value in means.items())
-                + f"  {speed:.1f} images/s  waiting {row['waiting']:.0%}  "
-                f"{datetime.timedelta(0, (self.total - step) * seconds // self.steps)} to go")
-        if self.runtime.rank == 0:                              # at first, also those of before a resume
-            with open(f"{self.args.out_dir}/log.csv", "a" if self.written else "w") as file:
-                file.writelines(self.rows[self.written:])
-            for name, value in means.items() if self.args.tensorboard else ():
-                self.board.add_scalar(name, value, step)
-        self.written, self.sums, self.start, self.steps, self.waited = len(self.rows), {}, time.time(), 0, 0.0
-        return text
+    """The rows of log.csv: the mean of each value over the steps since the row before."""
+    def __init__(self):
+        self.rows = []                  # all of them: checkpoints contain the log
+        self.start_row()
+
+    def start_row(self):
+        self.sums, self.n_steps, self.start_time = Counter(), 0, time.time()
+
+    def add(self, values):
+        """Adds the values of a step (name: number or tensor), without waiting for the device."""
+        self.sums.update(values)
+        self.n_steps += 1
+
+    def end_row(self, step, images_per_step, runtime):
+        """Ends a row with this step: means over its steps and over all processes."""
+        means = runtime.mean([float(total) / self.n_steps for total in self.sums.values()])
+        row = {"step": step, **dict(zip(self.sums, means))}
+        seconds = (time.time() - self.start_time) / self.n_steps
+        row["waiting"] /= seconds
+        row["images/s"] = images_per_step / seconds
+        self.rows.append(row)
+        self.start_row()
+
+    def write(self, path):
+        """Writes log.csv and prints the last row. A locked file is tried again with the next row."""
+        names = {name: name for row in self.rows for name in row}       # --resume may change them
+        try:
+            with open(path, "w", newline="") as file:
+                csv.DictWriter(file, names).writerows([names, *self.rows])
+        except OSError as error:
+            print(f"cannot write {path} ({error.strerror}); trying again with the next row")
+        step, *values = self.rows[-1].values()
+        if len(self.rows) % 20 == 1:
+            print("".join(f"{name:>8}" for name in self.rows[-1]))
+        print(f"{step:8}" + "".join(f"{value:8.3g}" for value in values), flush=True)
+
+    def state_dict(self):
+        return {"rows": self.rows}
+
+    def load_state_dict(self, state):
+        self.rows = state["rows"]
+
+def save_checkpoint(args, generators, parts, pairs_seen, n_images):
+    """Writes latest.pt, from which --resume continues, then generators.pt, for translating."""
+    for name, G in generators.items():
+        if not all(parameter.isfinite().all() for parameter in G.parameters()):
+            die(f"{name} is not finite. The last checkpoint is kept; try a lower --lr or --amp off")
+    flags = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
+    weights = {name: G.state_dict() for name, G in generators.items()}
+    shared = {"flags": flags, "generators": weights}
+    states = {name: part.state_dict() for name, part in parts.items()}
+    latest = {**shared, "parts": states, "pairs_seen": pairs_seen, "n_images": n_images}
+    write_file(f"{args.out_dir}/latest.pt", torch.save, latest)
+    write_file(f"{args.out_dir}/generators.pt", torch.save, shared)
 
 def load_checkpoint(path):
-    """A checkpoint, or the latest.pt in a run's folder, as a dict of plain values and tensors on the CPU."""
+    """-> the dict in a checkpoint, its tensors on the CPU."""
     try:
-        state = torch.load(f"{path}/latest.pt" if os.path.isdir(path) else path, "cpu", weights_only=True)
-        "args" in state and GENERATORS[state["args"]["generator"]]     # KeyError: a fork's
-        return {str(k): v for k, v in state.items()}
-    except Exception as error:
-        die(f"{path} cannot be read: no checkpoint, half of one, or a fork's ({str(error)[:50]})")
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
+    except Exception as error:          # torch.load raises anything on a broken file
+        die(f"{path} is not a checkpoint, or a truncated one ({str(error)[:80]})")
 
-# ---- 10. Train ---------------------------------------------------------------------------------------------
-def lr_at(step, args, epoch_steps):
-    """The rate of a step, from 0 on: constant for `epochs`, then linear to 0 in `epochs_decay` (§7.1)."""
-    decayed = step - args.epochs * epoch_steps
-    return args.lr * min(1.0, 1 - decayed / max(1, args.epochs_decay * epoch_steps))
+# ---- 10. Train -----------------------------------------------------------------------------------
+def lr_at(epoch, args):
+    """The learning rate at a (fractional) epoch: constant, then linear to 0 (§7.1)."""
+    if epoch < args.epochs:
+        return args.lr
+    return args.lr * (1 - (epoch - args.epochs) / args.epochs_decay)
 
-def resume_flags(args):
-    """-> flags and checkpoint of the run that --resume names."""
-    saved = load_checkpoint(args.resume)
-    {"ranks", "args"} <= {*saved} or die(f"{args.resume}: no run's latest.pt (--mode translate may take it)")
-    saved["args"]["out_dir"] = os.path.normpath(args.resume + ("/.." if os.path.isfile(args.resume) else ""))
-    for name in {"generator", "blocks", "ngf", "ndf", "upsample", "size", "seed", "out_dir"} & {*args.given}:
-        old, new = saved["args"][name], args.given[name]
-        old == new or die(f"--{name} {new}: the run has {old}, and that cannot change on the way")
-    return argparse.Namespace(**vars(args) | saved["args"] | args.given), saved
+def make_optimizers(model, args):
+    """-> Adam (§7.1) for the generators and for the discriminators."""
+    adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
+    parameters_G = [*model.G_AB.parameters(), *model.G_BA.parameters()]
+    parameters_D = [*model.D_A.parameters(), *model.D_B.parameters()]
+    n_trainable = sum(parameter.requires_grad for parameter in model.parameters())
+    assert n_trainable == len(parameters_G + parameters_D), "freeze what no optimizer trains"
+    return {"G": adam(parameters_G), "D": adam(parameters_D)}
 
-def train(args):
-    """Train, from scratch or from --resume; fills args.out_dir. Returns 128 + its number after a signal."""
-    args, saved = resume_flags(args) if args.resume else (args, None)
-    runtime = Runtime(args)
-    torch.manual_seed(args.seed)                                # the same weights everywhere
-    model, step_pairs = CycleGAN(args), args.batch_size * runtime.world
-    data = UnpairedImages(args, step_pairs)
-    args.dataA, args.dataB = ([os.path.abspath(top) for top in tops] for tops in (args.dataA, args.dataB))
-    args.out_dir = args.out_dir or f"runs/{os.path.basename(args.dataA[0])}2{os.path.basename(args.dataB[0])}"
-    if not saved and os.path.exists(f"{args.out_dir}/generators.pt"):
-        die(f"{args.out_dir} holds a run: go on with --resume {args.out_dir}, or choose another --out_dir")
-    total = min((args.epochs + args.epochs_decay) * data.epoch_steps, args.max_steps or 10**12)
-    first = saved["pairs"] // step_pairs if saved else 0        # in steps of now: the batch may be another
-    runtime.prepare(model, args, total - first)
+def refuse_inside(path, folders):
+    """Exits if a folder to write to is in one of the folders to read from."""
+    for folder in folders:
+        if Path(path).resolve().is_relative_to(Path(folder).resolve()):
+            die(f"{path} is in {folder}: their images would get mixed up; choose another folder")
+
+def make_out_dir(args, model):
+    """Makes the folder of a new run. Refuses to overwrite, to write into data, or a full disk."""
+    names = [os.path.basename(folders[0]) for folders in (args.dataA, args.dataB)]
+    if names == ["trainA", "trainB"]:   # as in horse2zebra/trainA
+        names = [os.path.basename(os.path.dirname(args.dataA[0]))]
+    args.out_dir = args.out_dir or os.path.abspath(os.path.join("runs", "2".join(names)))
+    for name in ("latest.pt", "generators.pt"):
+        if os.path.exists(f"{args.out_dir}/{name}"):
+            die(f"{args.out_dir} holds a run: --resume it, or choose another --out_dir")
+    refuse_inside(args.out_dir, args.dataA + args.dataB)
+    os.makedirs(args.out_dir, exist_ok=True)
+
+    n_values = 3 * sum(p.numel() for p in model.parameters())       # Adam has two moments for each
+    n_values += 2 * args.pool_size * 3 * args.size**2
+    n_bytes = 2 * 4 * n_values          # a new checkpoint is written beside the old one
+    if shutil.disk_usage(args.out_dir).free < n_bytes:
+        die(f"disk full: {args.out_dir} needs {n_bytes / 1e9:.1f} GB for its checkpoints")
+
+def resume(argv, run):
+    """-> the flags of a run, updated by those in argv, and its checkpoint."""
+    run = run.removesuffix(f"{os.sep}latest.pt")
+    checkpoint = load_checkpoint(os.path.join(run, "latest.pt"))
+    if "parts" not in checkpoint:
+        die(f"{run}: latest.pt is from another version of cyclegan.py")
+    stored = checkpoint["flags"]
+    stored["out_dir"] = run             # the folder may have been moved
+    args = get_args(argv, stored)
+    for name in ("generator", "blocks", "ngf", "ndf", "upsample", "size", "seed", "out_dir"):
+        if getattr(args, name) != stored[name]:
+            die(f"--{name} cannot be changed when resuming; the run has {stored[name]}")
+    return args, checkpoint
+
+def restore(parts, states):
+    """Gives every part of a run its state from a checkpoint."""
+    if states.keys() != parts.keys():
+        die(f"checkpoint of another version of cyclegan.py: {states.keys() ^ parts.keys()} differ")
+    for name, part in parts.items():
+        if states[name]:                # empty: the scaler of a run without fp16
+            part.load_state_dict(states[name])
+
+@contextlib.contextmanager
+def catch_signals():
+    """Yields a list that receives signals to stop, which the loop looks at after each step."""
+    received, old_handlers = [], {}
+
+    def handler(number, _):
+        received.append(number)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops without saving\n")
+
+    if threading.current_thread() is threading.main_thread():   # others may not handle any
+        old_handlers = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, old_handler in old_handlers.items():
+            signal.signal(number, old_handler)
+
+def check_resumed(args, checkpoint, n_images, is_finished):
+    """Says what differs from the run of the checkpoint. Exits if a changed flag could not act."""
+    stored = checkpoint["flags"]
+    changed = {name for name in stored if getattr(args, name) != stored[name]}
+    if changed and is_finished:
+        die(f"{args.out_dir} is finished, {changed} would change nothing; choose another --out_dir")
+    if checkpoint["n_images"] != n_images:
+        print(f"{checkpoint['n_images']} images before, {n_images} now: not an exact continuation")
+
+def announce(args, runtime, n_images, steps, steps_per_epoch):
+    """Prints what is trained on, where, and on which schedule."""
+    done_epochs = (steps.start - 1) / steps_per_epoch
+    print(f"{args.out_dir}: {n_images[0]:,} images of A, {n_images[1]:,} of B; {args.batch_size} pairs "
+          f"per step on each of {runtime.world_size} x {runtime.device}, precision {runtime.precision}")
+    print(f"{args.epochs} epochs at learning rate {args.lr:g}, then {args.epochs_decay} down to 0; "
+          f"{steps_per_epoch:,} steps per epoch, {len(steps):,} to go from epoch {done_epochs:.2f}")
+    if args.size >= 256 and runtime.device.type == "cpu":
+        print("without a GPU this takes days: try --size 64, or --demo")
+    sys.stdout.flush()
+
+def train(args, checkpoint=None):
+    """Trains from scratch or from a checkpoint; fills args.out_dir. Returns the exit status."""
+    runtime, data, log = Runtime(args), UnpairedImages(args), Log()
+    torch.manual_seed(args.seed)        # the same initial weights in every process
+    model = CycleGAN(args).to(runtime.device)
+    optimizers = make_optimizers(model, args)
     pools = {"A": ImagePool(args.pool_size), "B": ImagePool(args.pool_size)}
-    torch.manual_seed(args.seed + runtime.rank)                 # from here on only the pools draw from it
-    parts = {"model": model, "scaler": runtime.scaler, **runtime.optimizers}
-    log, out = Log(args, runtime, total, data.epoch_steps), args.out_dir
-    say = functools.partial(print, flush=True) if runtime.rank == 0 else lambda *_: None
-    if saved:
-        saved["names"] == data.names or die(f"--dataA, --dataB: not the pictures of {out}")
-        for name, part in parts.items():
-            saved[name] and part.load_state_dict(saved[name])       # empty: a scaler that was off
-        log.rows, n = saved["rows"], len(saved["ranks"])
-        mine = saved["ranks"][runtime.rank % n]                 # this process's random state and pools
-        torch.set_rng_state(mine["rng"])
-        for name, pool in pools.items():
-            pool.images = [image.to(runtime.device) for image in mine[name][:pool.size]]
-        n == runtime.world or say(f"{n} processes before, {runtime.world} now")
-        if first >= total:
-            return say(f"{out} is finished, {first} steps; for more, raise --epochs or --max_steps")
-    say(f"{out}: {len(data.files[0])} A, {len(data.files[1])} B, {data.epoch_steps} steps an epoch, "
-        f"{total - first} to go; {runtime.world} x {runtime.device}, {runtime.dtype}, batch {step_pairs}, "
-        f"rate {args.lr:g}")
-    def checkpoint(step):
-        for name, weight in model.named_parameters():
-            weight.isfinite().all() or die(f"step {step}: {name} not finite; the last checkpoint is kept")
-        mine = {k: [x.cpu() for x in p.images] for k, p in pools.items()} | {"rng": torch.get_rng_state()}
-        ranks = [mine] * runtime.world
-        runtime.world > 1 and dist.gather_object(mine, ranks if runtime.rank == 0 else None)
-        if runtime.rank == 0:
-            flags = {name: value for name, value in vars(args).items() if name not in ("given", "resume")}
-            state = {name: part.state_dict() for name, part in parts.items()} | {
-                "args": flags, "step": step, "epoch": step // data.epoch_steps, "pairs": step * step_pairs,
-                "names": data.names, "rows": log.rows, "ranks": ranks}
-            save(f"{out}/generators.pt", torch.save, dict(args=flags, model=model.G.state_dict(prefix="G.")))
-            save(f"{out}/latest.pt", torch.save, state)
-    signals = []
-    def stop(number, _):                                        # noted now, acted on after the step
-        signals.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)            # a second Ctrl-C ends at once
-    signal.signal(signal.SIGINT, stop), signal.signal(signal.SIGTERM, stop)
-    fixed = [torch.stack([data.deal(domain, 0, i, augment=False) for i in range(6)]) for domain in (0, 1)]
-    saved or checkpoint(0)                                      # a disk that cannot be written to shows now
-    batches = iter(make_loader(data, range(first, total), runtime))
-    for step in range(first, total):
-        asked, (real_A, real_B), got = time.time(), next(batches), time.time()
-        rate = lr_at(step, args, data.epoch_steps)
-        for optimizer in runtime.optimizers.values():
-            optimizer.param_groups[0].update(lr=rate, betas=(args.beta1, 0.999))
-        terms = train_step(model, pools, runtime, runtime.to_float(real_A), runtime.to_float(real_B))
-        step += 1                                               # from here on: steps done
-        log.add(step, terms, got - asked)
-        stopping = torch.tensor(float(len(signals)))            # on the CPU: no wait for a GPU
-        runtime.average([stopping])                             # one process is to stop: all do
-        last = step == total or stopping
-        batches = None if last else batches                     # the workers end before the saving begins
-        saving = last or step % args.save_every == 0 or step % data.epoch_steps == 0
-        row = log.row(step, rate) if saving or step % args.log_every == 0 else ""
-        if runtime.rank == 0 and (last or step % args.sample_every == 0):
-            save_samples(f"{out}/samples/step_{step:07}.png", model, runtime, *map(runtime.to_float, fixed))
-        saving and checkpoint(step)
-        row and say(row)                                        # once saved: Ctrl-C has ended a `| tee`, too
-        if last and step < total:
-            say(f"stopped at step {step}, saved; to go on: python cyclegan.py --resume {shlex.quote(out)}")
-            return 128 + (signals or [signal.SIGTERM])[0]
-    say(f"done: look into {out}/samples; {out}/generators.pt is for --mode translate")
+    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # for samples and for translating
+    parts = {"G_AB": model.G_AB, "G_BA": model.G_BA, "D_A": model.D_A, "D_B": model.D_B,
+             "optimizer_G": optimizers["G"], "optimizer_D": optimizers["D"],
+             "scaler": runtime.scaler, "pool_A": pools["A"], "pool_B": pools["B"], "log": log}
 
-# ---- 11. Translate -----------------------------------------------------------------------------------------
-# One generator is enough: the other, and both discriminators, were only there to teach it.
-def load_generator(path, direction, device="cpu"):
-    """-> one generator, of a run's generators.pt or bare from other CycleGAN code, and its flags (a dict).
-    Layers have other names there, but the convolutions and their order are the same: it loads by order."""
-    state = load_checkpoint(path)
-    flags, state = (state["args"], state["model"]) if {"args", "model"} <= {*state} else ({}, state)
-    prefix = f"G.{direction[0] + direction[-1]}." if flags else ""
-    weights = {k: v for k, v in state.items() if torch.is_tensor(v) and k.startswith(prefix) and (
-        flags or not k.endswith(("running_mean", "running_var", "num_batches_tracked")))}       # old official
-    if not flags:                                               # read off the shapes of its convolutions
-        convs = [value.shape for value in weights.values() if value.ndim == 4]
-        len(convs) > 5 and convs[0][1] == 3 or die(f"{path} holds no generator of a CycleGAN")
-        unet, deconv = convs[0][2] == 4, convs[-3][0] > convs[-3][1]
-        flags = {"generator": "unet" if unet else "resnet", "size": 2 ** (len(convs) // 2) if unet else 256,
-                 "upsample": "deconv" if unet or deconv else "nearest", "ngf": convs[0][0],
-                 "blocks": (len(convs) - 6) // 2}
-    G = GENERATORS[flags["generator"]](argparse.Namespace(**flags))
-    if [value.shape for value in G.state_dict().values()] != [value.shape for value in weights.values()]:
-        die(f"{path}: its layers are not those of a {flags['generator']} generator")
-    G.load_state_dict(dict(zip(G.state_dict(), weights.values())))
-    if any("down_blocks" in name for name in weights):          # the DGAI book's chapter pads by reflection
-        G.down1[0].padding_mode = G.down2[0].padding_mode = "reflect"
-    return G.to(device), flags
+    n_images = [len(data.paths_A), len(data.paths_B)]
+    if runtime.mean(n_images) != n_images:
+        die(f"this process found {n_images} images of A and B, others found more or fewer")
+    pairs_per_step = args.batch_size * runtime.world_size
+    steps_per_epoch = math.ceil(max(n_images) / pairs_per_step)
+    total_steps = min((args.epochs + args.epochs_decay) * steps_per_epoch, args.max_steps)
+    start_step = 0
+    if checkpoint is None:
+        make_out_dir(args, model)
+    else:
+        start_step = checkpoint["pairs_seen"] // pairs_per_step
+        check_resumed(args, checkpoint, n_images, is_finished=start_step >= total_steps)
+        restore(parts, checkpoint["parts"])
+    steps = range(start_step + 1, total_steps + 1)
+    if runtime.rank == 0:
+        announce(args, runtime, n_images, steps, steps_per_epoch)
+    runtime.compile(model, len(steps))
+    samples = torch.utils.data.default_collate([data[n] for n in range(6)])
+
+    start_time = time.time()
+    batches = load_batches(data, steps, runtime)
+    with catch_signals() as signals, contextlib.closing(batches):   # closing ends the loader processes
+        for step in steps:
+            lr = lr_at((step - 1) / steps_per_epoch, args)
+            for optimizer in optimizers.values():
+                optimizer.param_groups[0].update(lr=lr, betas=(args.beta1, 0.999))
+            request_time = time.time()
+            real_A, real_B = next(batches)
+            data_time = time.time() - request_time
+            terms = train_step(model, optimizers, pools, runtime, real_A, real_B, step)
+            log.add({"epoch": step / steps_per_epoch, "lr": lr, **terms, "waiting": data_time})
+
+            is_stopping = runtime.mean([len(signals)]) != [0]   # a signal to one process stops all
+            is_last = is_stopping or step == total_steps
+            is_saving = is_last or step % args.save_every == 0
+            is_logging = is_saving or step % args.log_every == 0
+            if is_logging:
+                log.end_row(step, 2 * pairs_per_step, runtime)
+            if runtime.rank == 0:
+                if is_saving:
+                    save_checkpoint(args, generators, parts, step * pairs_per_step, n_images)
+                if is_logging:
+                    log.write(f"{args.out_dir}/log.csv")
+                if is_last or step % args.sample_every == 0:
+                    path = f"{args.out_dir}/samples/step_{step:07}.png"
+                    save_samples(path, generators, runtime, *samples)
+                progress(f"step {step}/{total_steps}", start_time, step - start_step, len(steps))
+            if is_stopping:
+                runtime.print(f"stopped after step {step}, saved; to continue: "
+                              f"python cyclegan.py --resume {shlex.quote(args.out_dir)}")
+                return 128 + (signals or [signal.SIGTERM])[0]
+    runtime.print(f"{args.out_dir} is finished: see samples; generators.pt is for translating")
+    return 0
+
+# ---- 11. Translate -------------------------------------------------------------------------------
+# One generator is enough: the other one and the discriminators were only needed to train it.
+def load_generators(path):
+    """-> {"AtoB": network, "BtoA": network} on the CPU, and the flags of their run, if known."""
+    checkpoint = load_checkpoint(f"{path}/generators.pt" if os.path.isdir(path) else path)
+    if "generators" not in checkpoint:
+        G = load_foreign_generator(checkpoint, path)
+        return {"AtoB": G, "BtoA": G}, None
+    flags, states = checkpoint["flags"], checkpoint["generators"]
+    generators = {}
+    for direction, name in {"AtoB": "G_AB", "BtoA": "G_BA"}.items():
+        generators[direction] = GENERATORS[flags["generator"]](argparse.Namespace(**flags))
+        generators[direction].load_state_dict(states[name])
+    return generators, flags
+
+def load_foreign_generator(state, path):
+    """-> the generator in a bare state_dict of other CycleGAN code. The layers have other names there,
+    but the same order, and their shapes tell the flags."""
+    weights = [value for name, value in state.items()
+               if torch.is_tensor(value) and value.ndim > 0 and "running" not in name]
+    kernels = [weight.shape for weight in weights if weight.ndim == 4]
+    if len(kernels) < 6:
+        die(f"{path}: no generator found, or one of another version of cyclegan.py")
+    args = argparse.Namespace(
+        generator="unet" if kernels[0][2] == 4 else "resnet", ngf=kernels[0][0],
+        size=2 ** (len(kernels) // 2), blocks=(len(kernels) - 6) // 2,
+        upsample="deconv" if kernels[-3][0] > kernels[-3][1] else "nearest")
+    try:
+        G = GENERATORS[args.generator](args)
+        G.load_state_dict(dict(zip(G.state_dict(), weights, strict=True)))
+    except (RuntimeError, ValueError):
+        die(f"{path}: its layers are not those of a {args.generator} generator")
+    if any("down_blocks" in name for name in state):    # Learn Generative AI with PyTorch pads so
+        G.down1.padding_mode = G.down2.padding_mode = "reflect"
+    return G
 
 def translate_any(G, x):
-    """G on one (1, 3, H, W) of any size: mirrored out to the multiple that G needs, and cut back."""
+    """G for (1, 3, H, W) of any size: pads by reflection to the multiple it needs, then crops."""
     h, w = x.shape[-2:]
-    below, right = (max(-side % G.multiple, 8 - side) for side in (h, w))
-    mode = "reflect" if below < h and right < w else "replicate"
-    return G(F.pad(x, (0, right, 0, below), mode=mode))[..., :h, :w]
+    bottom, right = (max(-side % G.size_multiple, 8 - side) for side in (h, w))
+    mode = "reflect" if bottom < h and right < w else "replicate"
+    return G(F.pad(x, (0, right, 0, bottom), mode=mode))[..., :h, :w]
 
-def plan(args):
-    """-> {target: source} for all of --input: the same tree, the same names, as yet without .png."""
-    jobs, taken, ends = {}, set(), ["", "_back"] if args.round_trip else [""]
-    for top in args.input:
-        folder = os.path.isdir(top)
-        folder or os.path.exists(top) or die(f"--input: no file or folder {top}")
-        for name in find_images(top) if folder else [os.path.basename(top)]:
-            target, spare = (os.path.join(args.output, path) for path in (os.path.splitext(name)[0], name))
-            while taken & {target + end for end in ends}:
-                target, spare = spare, spare + "_"              # a.jpg and a.png: a.png and a.png.png
-            taken |= {target + end for end in ends}
-            jobs[target] = os.path.join(top, name) if folder else top
-    lost = {os.path.realpath(target + ".png") for target in taken} & {*map(os.path.realpath, jobs.values())}
-    same = args.truth and os.path.realpath(args.truth) == os.path.realpath(args.output)
-    (lost or same) and die(f"--output {args.output}: pictures there would be overwritten; choose another")
-    return jobs
+def name_images(tops):
+    """-> {name: path} of images and folders of images; names are below the folder, without suffix."""
+    images = {}
+    for top in tops:
+        for path in find_images(top):
+            name = path.relative_to(top) if path != Path(top) else Path(path.name)
+            name = str(name.with_suffix(""))
+            if name in images:
+                die(f"{path} and {images[name]} would both become {name}.png")
+            images[name] = path
+    return images
+
+def compare(x, y, truth):
+    """Input, output, ground truth, (1, 3, H, W) in [-1, 1] -> sums over pixels, for --truth."""
+    changed = (x != truth).any(dim=1)
+    error = (y - truth).abs().mean(dim=1)
+    mse = ((y - truth) / 2).square().mean()
+    return {
+        "images": 1, "PSNR": -10 * mse.log10().item(),
+        "pixels": error.numel(), "error": error.sum().item(),
+        "changed pixels": changed.sum().item(), "changed error": error[changed].sum().item(),
+        "unchanged error": (x - truth).abs().mean(dim=1).sum().item()}
+
+def report(totals):
+    """Prints the sums of compare() as means."""
+    inside = totals["changed error"] / max(1, totals["changed pixels"])
+    outside = (totals["error"] - totals["changed error"]) / max(1, totals["pixels"] - totals["changed pixels"])
+    share = totals["changed error"] / max(1e-9, totals["unchanged error"])
+    print(f"compared {totals['images']}: mean absolute error {totals['error'] / totals['pixels']:.3f} "
+          f"(images from -1 to 1), PSNR {totals['PSNR'] / totals['images']:.1f} dB")
+    print(f"inside the changed region: error {inside:.3f} ({share:.1%} of leaving it unchanged); "
+          f"outside: error {outside:.3f}", flush=True)
 
 @torch.no_grad()
-def translate(args):
-    """Translate all of --input into --output; returns 1 if there were any that could not be."""
-    runtime, jobs = Runtime(args), plan(args)
-    there, flags = load_generator(args.checkpoint, args.direction, runtime.device)
-    if args.round_trip:
-        "seed" in flags or die("--round_trip needs a run's generators.pt: both ways")
-        other = "BtoA" if args.direction == "AtoB" else "AtoB"
-        back, _ = load_generator(args.checkpoint, other, runtime.device)
-    vars(args).update({name: flags[name] for name in ("size", "resize") if name in flags} | args.given)
-    sums, load = torch.zeros(9), lambda path: runtime.to_float(fit(read_image(path), args))[None]
-    truths = {os.path.join(args.output, os.path.splitext(name)[0]): os.path.join(args.truth, name)
-              for name in (find_images(args.truth) if args.truth else [])}
-    not args.truth or truths.keys() & jobs.keys() or die(f"--truth {args.truth}: no names of --input there")
-    for target, path in list(jobs.items())[runtime.rank::runtime.world]:
+def translate(argv, args):
+    """Translates --input into --output. Returns the exit status: 1 if an image was unreadable."""
+    generators, flags = load_generators(args.checkpoint)
+    if flags is not None:               # preprocess as in training
+        args = get_args(argv, flags | {"device": "auto"})
+    elif args.round_trip:
+        die(f"--round_trip needs both generators; {args.checkpoint} has one")
+    runtime = Runtime(args)
+    G = generators[args.direction].to(runtime.device)
+    G_back = generators["BtoA" if args.direction == "AtoB" else "AtoB"].to(runtime.device)
+    images = name_images(args.input)
+    truths = name_images([args.truth]) if args.truth else {}
+    refuse_inside(args.output, filter(os.path.isdir, [*args.input, args.truth or ""]))
+    for name in images:
+        if os.path.exists(f"{args.output}/{name}.png") and not args.overwrite:
+            die(f"{args.output}/{name}.png exists: choose another --output, or --overwrite")
+
+    def load(path):
+        image = read_image(path)
+        pixels = TF.pil_to_tensor(image) if args.native else preprocess(image, args)
+        return runtime.to_float(pixels)[None]
+
+    totals, n_unreadable, start_time = Counter(), 0, time.time()
+    names = list(images)[runtime.rank::runtime.world_size]
+    for i, name in enumerate(names, 1):
         try:
-            x = load(path)
-            y = translate_any(there, x)
-            save(f"{target}.png", save_png, y)
+            x = load(images[name])
+            y = translate_any(G, x)
+            write_file(f"{args.output}/{name}.png", save_png, y)
             if args.round_trip:
-                save(f"{target}_back.png", save_png, translate_any(back, y))
-            sums[7] += 1
-            if target in truths:
-                truth = load(truths[target])
-                changed, miss = (x != truth).any(1), (y - truth).abs().mean(1)
-                psnr = -10 * ((y - truth) / 2).square().mean().log10()
-                sums[:7] += torch.tensor([miss[changed].sum(), (x - truth).abs().mean(1).sum(), changed.sum(),
-                                          miss.sum(), miss.numel(), psnr, 1])
-        except (OSError, RuntimeError) as error:
-            warn(error if path in str(error) else f"{path}: {error}")
-            sums[8] += 1
-    runtime.average([sums])
-    inner, before, n_inner, miss, n, psnr, compared, done, failed = (sums * runtime.world).tolist()
-    runtime.rank or print(f"translated {done:.0f} of {len(jobs)} pictures into {args.output}")
-    if runtime.rank == 0 and compared:
-        print(f"{compared:.0f} compared: absolute error {miss / n:.3f}, PSNR {psnr / compared:.1f} dB; where "
-              f"input and truth differ {inner / (n_inner or 1):.3f}, {inner / (before or 1):.1%} of input's; "
-              f"elsewhere {(miss - inner) / (n - n_inner or 1):.3f}", flush=True)
-    return int(failed > 0)
+                write_file(f"{args.output}/{name}_back.png", save_png, translate_any(G_back, y))
+            if name in truths:
+                totals.update(compare(x, y, load(truths[name])))
+        except OSError as error:
+            print(error, file=sys.stderr, flush=True)
+            n_unreadable += 1
+        progress(f"{i}/{len(names)}", start_time, i, len(names))
+    print(f"translated {len(names) - n_unreadable} of {len(names)} images into {args.output}", flush=True)
+    if totals["images"]:
+        report(totals)
+    return int(n_unreadable > 0)
 
 def demo(argv, args):
-    """Draw toy faces, then run the plain commands it prints, each with the flags typed beside --demo."""
+    """Draws toy faces, then runs the commands that it prints, with the flags typed after --demo."""
     from prepare_celeba import toy_faces
     toy_faces("files/toy", 400, 50)
-    out, typed = args.out_dir or "runs/demo", [word for word in argv if word != "--demo"]
-    new = ("--dataA files/toy/black --dataB files/toy/blond --out_dir OUT --size 64 --load_size 68 --lr 1e-3 "
-           "--generator unet --ngf 16 --ndf 16 --batch_size 4 --epochs 8 --epochs_decay 16 --amp off")
-    commands = ["--resume OUT" if os.path.exists(f"{out}/latest.pt") else new]
-    for direction, a, b in (("AtoB", "black", "blond"), ("BtoA", "blond", "black")):
-        commands.append(f"--mode translate --checkpoint OUT/generators.pt --direction {direction} "
-                        f"--input files/toy/{a}_test --truth files/toy/{b}_test --output OUT/{b}")
+    run = args.out_dir or "runs/demo"
+    commands = [
+        "--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 --generator unet "
+        "--ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off "
+        f"--out_dir {run}",
+        f"--checkpoint {run}/generators.pt --input files/toy/black_test --truth files/toy/blond_test "
+        f"--output {run}/blond --overwrite",
+        f"--checkpoint {run}/generators.pt --input files/toy/blond_test --truth files/toy/black_test "
+        f"--output {run}/black --overwrite --direction BtoA"]
+    if os.path.exists(f"{run}/latest.pt"):
+        commands[0] = f"--resume {run}"
     for command in commands:
-        words = [word.replace("OUT", out) for word in command.split()] + typed
+        words = command.split() + [word for word in argv if word != "--demo"]
         print("\npython cyclegan.py", shlex.join(words), flush=True)
-        if status := main(words):
+        status = main(words)
+        if status:
             return status
-    print(f"\nopen {out}/samples/{max(os.listdir(f'{out}/samples'))}: rows 2 and 5 are made, 1 and 4 real")
+    print(f"\nnow open the last grid in {run}/samples: rows 2 and 5 are translations")
+    return 0
 
 def main(argv):
-    """Run a command line, a list of words; returns its exit status."""
+    """Runs a command line, given as a list of words. Returns its exit status."""
     args = get_args(argv)
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    try:
-        run = functools.partial(demo, argv) if args.demo else translate if args.mode == "translate" else train
-        return run(args) or 0
-    except Exception as error:                  # no tensorboard, disk, memory: one line; a bug: all of them
-        if any(words in repr(error) for words in ("MemoryError", "out of memory", "allocate memory")):
-            die("out of memory: a smaller --size, --batch_size or --ngf needs less")
-        isinstance(error, (ImportError, OSError)) and die(str(error).splitlines()[-1])
-        traceback.clear_frames(error.__traceback__)             # without the loader, its workers end at once
-        raise
-    finally:
-        signal.signal(signal.SIGINT, before[0]), signal.signal(signal.SIGTERM, before[1])
+    if args.demo:
+        return demo(argv, args)
+    if args.mode == "translate":
+        return translate(argv, args)
+    if args.resume:
+        return train(*resume(argv, args.resume))
+    return train(args)
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)                # no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback
     status = main(sys.argv[1:])
-    dist.is_initialized() and dist.destroy_process_group()      # or torch may abort while the process ends
+    if dist.is_initialized():
+        dist.destroy_process_group()    # or torch can abort while the process ends
     sys.exit(status)
