@@ -67,22 +67,27 @@ NOT_STORED = {"mode", "demo", "resume", "checkpoint", "input", "output", "overwr
 
 def get_args(argv=None, stored=None):
     """-> Namespace of all flags: the defaults, then those stored in a checkpoint, then argv."""
-    def bounded(kind, low, high, text):
-        if not low <= kind(text) <= high:
-            raise argparse.ArgumentTypeError(f"{text} is not between {low:,} and {high:,}")
-        return kind(text)
-    count = functools.partial(bounded, int, 1, 10**9)
-    natural = functools.partial(bounded, int, 0, 10**9)
-    number = functools.partial(bounded, float, 0, 10**6)
+    def bounded(value, low):
+        if not low <= value <= 10**9:
+            raise argparse.ArgumentTypeError(f"{value} is not between {low} and 10^9")
+        return value
+    def count(text):
+        return bounded(int(text), 1)
+    def natural(text):
+        return bounded(int(text), 0)
+    def number(text):
+        return bounded(float(text), 0)
     def path(text):                     # absolute: a run can be resumed from another folder
         return os.path.abspath(os.path.expanduser(text))
-    def add(name, kind, default, help, **options):
-        if kind is bool:
+    types = {int: count, float: number, str: str, type(None): path}
+    def add(name, default, help, kind=None, **options):
+        if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
-        elif callable(kind):
-            options["type"] = kind
+        elif isinstance(default, (list, dict)):     # choices; the first is the default
+            options["choices"] = list(default)
+            default = options["choices"][0]
         else:
-            options["choices"] = list(kind)
+            options["type"] = kind or types[type(default)]
         group.add_argument(f"--{name}", default=default, help=help, **options)
 
     parser = argparse.ArgumentParser(
@@ -90,54 +95,54 @@ def get_args(argv=None, stored=None):
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = die
     group = parser.add_argument_group("run")
-    add("mode", ["train", "translate"], "train", "--checkpoint implies translate (default: train)")
-    add("demo", bool, False, "draw toy faces, train on them, translate some, print the error")
-    add("out_dir", path, None, "folder of the run (default: runs/<A>2<B>)")
-    add("resume", path, None, "folder of a run to continue; needs no other flag")
-    add("seed", natural, 0, "of weights, data order, augmentation and image pools (default: 0)")
-    add("device", str, "auto", "cuda, cuda:1, mps or cpu (default: a GPU if there is one)")
+    add("mode", ["train", "translate"], "--checkpoint implies translate (default: train)")
+    add("demo", False, "draw toy faces, train on them, translate some, print the error")
+    add("out_dir", None, "folder of the run (default: runs/<A>2<B>)")
+    add("resume", None, "folder of a run to continue; needs no other flag")
+    add("seed", 0, "of weights, data order, augmentation and image pools (default: 0)", natural)
+    add("device", "auto", "cuda, cuda:1, mps or cpu (default: a GPU if there is one)")
     group = parser.add_argument_group("data")
-    add("dataA", path, None, "folders of A images, searched recursively", nargs="+")
-    add("dataB", path, None, "folders of B images; the sizes may differ", nargs="+")
-    add("size", count, 256, "side of the training images, in pixels (default: 256)")
-    add("load_size", count, None, "resize to this, then crop (default: 286/256 of --size)")
-    add("resize", ["stretch", "crop"], "stretch", "crop keeps the aspect ratio (default: stretch)")
-    add("flip", bool, True, "mirror half of the images (default: yes)")
-    add("workers", natural, None, "loading processes (default: 0 on a CPU, up to 8 on a GPU)")
+    add("dataA", None, "folders of A images, searched recursively", nargs="+")
+    add("dataB", None, "folders of B images; the sizes may differ", nargs="+")
+    add("size", 256, "side of the training images, in pixels (default: 256)")
+    add("load_size", None, "resize to this, then crop (default: 286/256 of --size)", count)
+    add("resize", ["stretch", "crop"], "crop keeps the aspect ratio (default: stretch)")
+    add("flip", True, "mirror half of the images (default: yes)")
+    add("workers", None, "loading processes (default: 0 on a CPU, up to 8 on a GPU)", natural)
     group = parser.add_argument_group("networks")
-    add("generator", GENERATORS, "resnet", "resnet is the paper's (default: resnet)")
-    add("blocks", natural, None, "residual blocks (default: 9 from 256 pixels up, else 6)")
-    add("ngf", count, 64, "channels of a generator's first layer (default: 64)")
-    add("ndf", count, 64, "channels of a discriminator's first layer (default: 64)")
-    add("upsample", ["deconv", "nearest"], "deconv", "nearest: no checkerboards (default: deconv)")
+    add("generator", GENERATORS, "resnet is the paper's (default: resnet)")
+    add("blocks", None, "residual blocks (default: 9 from 256 pixels up, else 6)", natural)
+    add("ngf", 64, "channels of a generator's first layer (default: 64)")
+    add("ndf", 64, "channels of a discriminator's first layer (default: 64)")
+    add("upsample", ["deconv", "nearest"], "nearest: no checkerboards (default: deconv)")
     group = parser.add_argument_group("objective")
-    add("gan_loss", GAN_LOSSES, "lsgan", "lsgan is the paper's (default: lsgan)")
-    add("lambda_cycle", number, 10.0, "weight of cycle consistency (default: 10)")
-    add("lambda_identity", number, 0.5, "identity, relative to lambda_cycle (default: 0.5)")
-    add("pool_size", natural, 50, "earlier fakes kept for training D; 0 is off (default: 50)")
+    add("gan_loss", GAN_LOSSES, "lsgan is the paper's (default: lsgan)")
+    add("lambda_cycle", 10.0, "weight of cycle consistency (default: 10)")
+    add("lambda_identity", 0.5, "identity, relative to lambda_cycle (default: 0.5)")
+    add("pool_size", 50, "earlier fakes kept for training D; 0 is off (default: 50)", natural)
     group = parser.add_argument_group("schedule")
-    add("epochs", natural, 100, "epochs at a constant learning rate (default: 100)")
-    add("epochs_decay", natural, 100, "epochs after these, in which it decays to 0 (default: 100)")
-    add("max_steps", count, 10**9, "end after this many steps, without decay (default: no limit)")
-    add("batch_size", count, 1, "pairs per step in each process (default: 1)")
-    add("lr", number, 2e-4, "learning rate of Adam (default: 2e-4)")
-    add("beta1", number, 0.5, "first beta of Adam (default: 0.5)")
+    add("epochs", 100, "epochs at a constant learning rate (default: 100)", natural)
+    add("epochs_decay", 100, "epochs after these, in which it decays to 0 (default: 100)", natural)
+    add("max_steps", 10**9, "end after this many steps, without decay (default: no limit)")
+    add("batch_size", 1, "pairs per step in each process (default: 1)")
+    add("lr", 2e-4, "learning rate of Adam (default: 2e-4)")
+    add("beta1", 0.5, "first beta of Adam (default: 0.5)")
     group = parser.add_argument_group("speed")
-    add("amp", ["auto", "off", "bf16", "fp16"], "auto", "mixed precision (auto: bf16 if native)")
-    add("compile", ["auto", "on", "off"], "auto", "torch.compile (auto: on CUDA from 2,000 steps)")
+    add("amp", ["auto", "off", "bf16", "fp16"], "mixed precision (auto: bf16 if native)")
+    add("compile", ["auto", "on", "off"], "torch.compile (auto: on CUDA from 2,000 steps)")
     group = parser.add_argument_group("output")
-    add("log_every", count, 100, "steps between rows of the log (default: 100)")
-    add("sample_every", count, 500, "steps between sample grids (default: 500)")
-    add("save_every", count, 2000, "steps between checkpoints (default: 2000)")
+    add("log_every", 100, "steps between rows of the log (default: 100)")
+    add("sample_every", 500, "steps between sample grids (default: 500)")
+    add("save_every", 2000, "steps between checkpoints (default: 2000)")
     group = parser.add_argument_group("translate")
-    add("checkpoint", path, None, "generators.pt, or a generator from other CycleGAN code")
-    add("input", path, None, "images, and folders of images", nargs="+")
-    add("output", path, None, "folder that gets the same structure and names, as PNG")
-    add("overwrite", bool, False, "replace what an earlier translation wrote into --output")
-    add("direction", ["AtoB", "BtoA"], "AtoB", "which generator to use (default: AtoB)")
-    add("native", bool, False, "translate at each image's own size instead of --size")
-    add("round_trip", bool, False, "also write NAME_back.png, translated there and back")
-    add("truth", path, None, "folder of ground truth under the same names: print the error")
+    add("checkpoint", None, "generators.pt, or a generator from other CycleGAN code")
+    add("input", None, "images, and folders of images", nargs="+")
+    add("output", None, "folder that gets the same structure and names, as PNG")
+    add("overwrite", False, "replace what an earlier translation wrote into --output")
+    add("direction", ["AtoB", "BtoA"], "which generator to use (default: AtoB)")
+    add("native", False, "translate at each image's own size instead of --size")
+    add("round_trip", False, "also write NAME_back.png, translated there and back")
+    add("truth", None, "folder of ground truth under the same names: print the error")
 
     known = vars(parser.parse_args([])).keys() - NOT_STORED
     if stored is not None and stored.keys() != known:
@@ -150,10 +155,10 @@ def get_args(argv=None, stored=None):
         args.load_size = args.size * 286 // 256
     if args.blocks is None:
         args.blocks = 9 if args.size >= 256 else 6
-    required = {"train": ["dataA", "dataB"], "translate": ["checkpoint", "input", "output"]}
-    for name in required[args.mode]:
-        if not (getattr(args, name) or args.demo or args.resume):
-            die(f"--{name} is needed to {args.mode}; see --help, or try --demo")
+    needed = ["dataA", "dataB"] if args.mode == "train" else ["checkpoint", "input", "output"]
+    missing = [name for name in needed if not getattr(args, name)]
+    if missing and not (args.demo or args.resume):
+        die(f"--{missing[0]} is needed to {args.mode}; see --help, or try --demo")
     if args.load_size < args.size or args.beta1 >= 1 or args.epochs + args.epochs_decay == 0:
         die("--load_size must be at least --size, --beta1 below 1, --epochs not 0 everywhere")
     return args
@@ -209,9 +214,9 @@ def seed_torch(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 class UnpairedImages(torch.utils.data.Dataset):
-    """Item n of an endless stream: an image of A and one of B, each (3, size, size) uint8. Every lap
-    through a domain has a new order. An item is a pure function of (seed, n): this is why a resumed
-    run sees the same images, whatever the number of workers."""
+    """Item n of an endless stream: an image of A and one of B, (3, size, size) uint8. Every lap
+    through a domain has a new order. An item is a pure function of (seed, n), so a resumed run sees
+    the same images, whatever the number of workers."""
     def __init__(self, args):
         self.args = args
         self.paths_A = [path for folder in args.dataA for path in find_images(folder)]
@@ -261,7 +266,7 @@ def load_batches(data, steps, runtime):
 # reflection padding, because a border of zeros would show; instance norm, because contrast belongs
 # to an image and not to a batch; tanh, whose range is that of the images.
 class InstanceNorm(nn.Module):
-    """Each channel of each image to mean 0, variance 1: (N, C, H, W) -> same. Not nn.InstanceNorm2d,
+    """Each channel of an image to mean 0, variance 1: (N, C, H, W) -> same. Not nn.InstanceNorm2d,
     whose CPU gradients are wrong for a single image in channels_last (torch 2.15)."""
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):      # CUDA's would convert to float32
@@ -400,13 +405,14 @@ class ImagePool:
         self.images = state["images"][:self.size]
 
 # ---- 6. Objective --------------------------------------------------------------------------------
-# Three terms for the generators. Adversarial (Eq. 1): the output looks like the other domain. Alone,
-# it would allow one such image for all inputs (collapse). Cycle (Eq. 2): translating back recovers
-# the input. Alone, it would allow any reversible change, such as inverted colors. Identity (§5.2):
-# G_AB leaves a real B as it is, which keeps colors. Too much of it, and copying is the best answer.
+# Three terms for the generators. Adversarial (Eq. 1): the output looks like the other domain, but
+# alone it would allow one such image for all inputs (collapse). Cycle (Eq. 2): translating back
+# recovers the input, but alone it would allow any reversible change, such as inverted colors.
+# Identity (§5.2): G_AB leaves a real B as it is, which keeps colors; with too much of it, copying the
+# input becomes the best answer.
 #   Healthy lsgan runs have D_A and D_B between 0.1 and 0.25 (0.25 is guessing), adv between 0.3 and
-# 0.6, D(real) and D(fake) apart but near 0.5; cycle and idt, logged with their weights, fall for many
-# epochs. D_A, D_B near 0 and adv near 1: D has won, or G copies its input. The samples tell which.
+# 0.6, D(real) and D(fake) apart but near 0.5; cycle and idt, logged with their weights, fall for
+# many epochs. D_A, D_B near 0 and adv near 1: D has won, or G copies its input (see the samples).
 def lsgan(scores, target):
     """Least squares (§4, Mao et al. 2017): even a fake that fools D is pulled to the target."""
     return F.mse_loss(scores, torch.full_like(scores, target))
@@ -452,10 +458,9 @@ class CycleGAN(nn.Module):
     def generator_loss(self, real_A, real_B):
         """Eq. 3 plus the identity term. Images: (N, 3, H, W) in [-1, 1].
         -> loss, its terms (name: weighted scalar), fake_A, fake_B (detached)."""
-        n = len(real_A)
         if self.lambda_identity > 0:    # one pass for both: instance norm never mixes images
-            fake_B, idt_B = self.G_AB(torch.cat([real_A, real_B])).split(n)
-            fake_A, idt_A = self.G_BA(torch.cat([real_B, real_A])).split(n)
+            fake_B, idt_B = self.G_AB(torch.cat([real_A, real_B])).chunk(2)
+            fake_A, idt_A = self.G_BA(torch.cat([real_B, real_A])).chunk(2)
         else:
             fake_B = self.G_AB(real_A)
             fake_A = self.G_BA(real_B)
@@ -472,10 +477,9 @@ class CycleGAN(nn.Module):
 
     def discriminator_loss(self, real_A, real_B, fake_A, fake_B):
         """Real images should score 1, fakes 0. Halved to slow D down (§7.1), though Adam is nearly
-        invariant to the scale of a loss. -> loss, terms: both losses and mean scores, for the log."""
-        n = len(real_A)
-        score_real_A, score_fake_A = self.D_A(torch.cat([real_A, fake_A])).split(n)
-        score_real_B, score_fake_B = self.D_B(torch.cat([real_B, fake_B])).split(n)
+        invariant to the scale of a loss. -> loss, terms: both losses, and mean scores to log."""
+        score_real_A, score_fake_A = self.D_A(torch.cat([real_A, fake_A])).chunk(2)
+        score_real_B, score_fake_B = self.D_B(torch.cat([real_B, fake_B])).chunk(2)
         loss_A = 0.5 * (self.d_loss(score_real_A, 1.0) + self.d_loss(score_fake_A, 0.0))
         loss_B = 0.5 * (self.d_loss(score_real_B, 1.0) + self.d_loss(score_fake_B, 0.0))
         terms = {"D_A": loss_A, "D_B": loss_B,
@@ -582,6 +586,11 @@ class Runtime:
         self.average([tensor])
         return tensor.tolist()
 
+    def check_same(self, numbers, what):
+        """Exits if other processes have other numbers: they would train differently or deadlock."""
+        if self.mean(numbers) != numbers:
+            die(f"the processes have different {what}, here {numbers}")
+
     def print(self, text):
         if self.rank == 0:
             print(text, flush=True)
@@ -608,7 +617,7 @@ def progress(text, start_time, done, total):
         print(f"{text}, {datetime.timedelta(seconds=seconds)} left\033[K", end="\r", flush=True)
 
 @torch.no_grad()
-def save_samples(path, generators, runtime, real_A, real_B):
+def save_samples(args, step, generators, runtime, real_A, real_B):
     """Writes a grid, a column per image. Rows: real A, fake B, rec A, real B, fake A, rec B. Rows 2
     and 5 are the translations; rows 3 and 6, translated back, should equal rows 1 and 4."""
     G_AB = generators["G_AB"].forward           # not compiled: this batch has another size
@@ -617,43 +626,46 @@ def save_samples(path, generators, runtime, real_A, real_B):
         real_A, real_B = runtime.to_float(real_A), runtime.to_float(real_B)
         fake_B, fake_A = G_AB(real_A), G_BA(real_B)
         rows = [real_A, fake_B, G_BA(fake_B), real_B, fake_A, G_AB(fake_A)]
-    write_file(path, save_png, torch.cat(rows).float())
+    write_file(f"{args.out_dir}/samples/step_{step:07}.png", save_png, torch.cat(rows).float())
 
 class Log:
-    """The rows of log.csv: the mean of each value over the steps since the row before."""
+    """The rows of log.csv: the mean of each term over the steps since the row before."""
     def __init__(self):
         self.rows = []                  # all of them: checkpoints contain the log
+        self.n_printed = 0
         self.start_row()
 
     def start_row(self):
-        self.sums, self.n_steps, self.start_time = Counter(), 0, time.time()
+        self.sums, self.n_steps = Counter(), 0
+        self.start_time, self.data_time = time.time(), 0.0
 
-    def add(self, values):
-        """Adds the values of a step (name: number or tensor), without waiting for the device."""
-        self.sums.update(values)
+    def add(self, terms, data_time):
+        """Adds the terms of a step, without waiting for the device, and its wait for data (s)."""
+        self.sums.update(terms)
         self.n_steps += 1
+        self.data_time += data_time
 
-    def end_row(self, step, images_per_step, runtime):
+    def end_row(self, step, epoch, lr, images_per_step, runtime):
         """Ends a row with this step: means over its steps and over all processes."""
         means = runtime.mean([float(total) / self.n_steps for total in self.sums.values()])
-        row = {"step": step, **dict(zip(self.sums, means))}
-        seconds = (time.time() - self.start_time) / self.n_steps
-        row["waiting"] /= seconds
-        row["images/s"] = images_per_step / seconds
-        self.rows.append(row)
+        seconds = time.time() - self.start_time
+        self.rows.append({
+            "step": step, "epoch": epoch, "lr": lr, **dict(zip(self.sums, means)),
+            "waiting": self.data_time / seconds, "img/s": images_per_step * self.n_steps / seconds})
         self.start_row()
 
     def write(self, path):
-        """Writes log.csv and prints the last row. A locked file is tried again with the next row."""
+        """Writes log.csv and prints the last row. A locked file is retried with the next row."""
         names = {name: name for row in self.rows for name in row}       # --resume may change them
         try:
             with open(path, "w", newline="") as file:
                 csv.DictWriter(file, names).writerows([names, *self.rows])
         except OSError as error:
             print(f"cannot write {path} ({error.strerror}); trying again with the next row")
-        step, *values = self.rows[-1].values()
-        if len(self.rows) % 20 == 1:
+        if self.n_printed % 20 == 0:
             print("".join(f"{name:>8}" for name in self.rows[-1]))
+        self.n_printed += 1
+        step, *values = self.rows[-1].values()
         print(f"{step:8}" + "".join(f"{value:8.3g}" for value in values), flush=True)
 
     def state_dict(self):
@@ -664,8 +676,8 @@ class Log:
 
 def save_checkpoint(args, generators, parts, pairs_seen, n_images):
     """Writes latest.pt, from which --resume continues, then generators.pt, for translating."""
-    for name, G in generators.items():
-        if not all(parameter.isfinite().all() for parameter in G.parameters()):
+    for name in ("G_AB", "G_BA", "D_A", "D_B"):
+        if not all(parameter.isfinite().all() for parameter in parts[name].parameters()):
             die(f"{name} is not finite. The last checkpoint is kept; try a lower --lr or --amp off")
     flags = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
     weights = {name: G.state_dict() for name, G in generators.items()}
@@ -688,6 +700,13 @@ def lr_at(epoch, args):
     if epoch < args.epochs:
         return args.lr
     return args.lr * (1 - (epoch - args.epochs) / args.epochs_decay)
+
+def set_lr(optimizers, epoch, args):
+    """Sets the learning rate, and beta1 in case --resume changed it. -> the learning rate."""
+    lr = lr_at(epoch, args)
+    for optimizer in optimizers.values():
+        optimizer.param_groups[0].update(lr=lr, betas=(args.beta1, 0.999))
+    return lr
 
 def make_optimizers(model, args):
     """-> Adam (§7.1) for the generators and for the discriminators."""
@@ -736,13 +755,21 @@ def resume(argv, run):
             die(f"--{name} cannot be changed when resuming; the run has {stored[name]}")
     return args, checkpoint
 
-def restore(parts, states):
-    """Gives every part of a run its state from a checkpoint."""
+def restore(args, parts, checkpoint, n_images, pairs_per_step, total_steps):
+    """Loads every part of a run -> its last step. Exits if a new flag cannot act any more."""
+    stored, states = checkpoint["flags"], checkpoint["parts"]
     if states.keys() != parts.keys():
         die(f"checkpoint of another version of cyclegan.py: {states.keys() ^ parts.keys()} differ")
+    step = checkpoint["pairs_seen"] // pairs_per_step       # --batch_size may have changed
+    changed = {name for name in stored if getattr(args, name) != stored[name]}
+    if changed and step >= total_steps:
+        die(f"{args.out_dir} is finished, {changed} would change nothing; choose another --out_dir")
+    if checkpoint["n_images"] != n_images:
+        print(f"{checkpoint['n_images']} images before, {n_images} now: not an exact continuation")
     for name, part in parts.items():
         if states[name]:                # empty: the scaler of a run without fp16
             part.load_state_dict(states[name])
+    return step
 
 @contextlib.contextmanager
 def catch_signals():
@@ -755,32 +782,24 @@ def catch_signals():
         os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops without saving\n")
 
     if threading.current_thread() is threading.main_thread():   # others may not handle any
-        old_handlers = {number: signal.signal(number, handler) for number in STOP_SIGNALS}
+        old_handlers = {number: signal.signal(number, handler) for number in STOP_SIGNALS
+                        if signal.getsignal(number) != signal.SIG_IGN}      # nohup ignores SIGHUP
     try:
         yield received
     finally:
         for number, old_handler in old_handlers.items():
             signal.signal(number, old_handler)
 
-def check_resumed(args, checkpoint, n_images, is_finished):
-    """Says what differs from the run of the checkpoint. Exits if a changed flag could not act."""
-    stored = checkpoint["flags"]
-    changed = {name for name in stored if getattr(args, name) != stored[name]}
-    if changed and is_finished:
-        die(f"{args.out_dir} is finished, {changed} would change nothing; choose another --out_dir")
-    if checkpoint["n_images"] != n_images:
-        print(f"{checkpoint['n_images']} images before, {n_images} now: not an exact continuation")
-
 def announce(args, runtime, n_images, steps, steps_per_epoch):
     """Prints what is trained on, where, and on which schedule."""
     done_epochs = (steps.start - 1) / steps_per_epoch
-    print(f"{args.out_dir}: {n_images[0]:,} images of A, {n_images[1]:,} of B; {args.batch_size} pairs "
-          f"per step on each of {runtime.world_size} x {runtime.device}, precision {runtime.precision}")
-    print(f"{args.epochs} epochs at learning rate {args.lr:g}, then {args.epochs_decay} down to 0; "
-          f"{steps_per_epoch:,} steps per epoch, {len(steps):,} to go from epoch {done_epochs:.2f}")
+    runtime.print(
+        f"{args.out_dir}: {n_images[0]:,} images of A, {n_images[1]:,} of B; {args.batch_size} pairs "
+        f"per step on each of {runtime.world_size} x {runtime.device}, precision {runtime.precision}\n"
+        f"{args.epochs} epochs at learning rate {args.lr:g}, then {args.epochs_decay} down to 0; "
+        f"{steps_per_epoch:,} steps per epoch, {len(steps):,} to go from epoch {done_epochs:.2f}")
     if args.size >= 256 and runtime.device.type == "cpu":
-        print("without a GPU this takes days: try --size 64, or --demo")
-    sys.stdout.flush()
+        runtime.print("without a GPU this takes days: try --size 64, or --demo")
 
 def train(args, checkpoint=None):
     """Trains from scratch or from a checkpoint; fills args.out_dir. Returns the exit status."""
@@ -795,8 +814,7 @@ def train(args, checkpoint=None):
              "scaler": runtime.scaler, "pool_A": pools["A"], "pool_B": pools["B"], "log": log}
 
     n_images = [len(data.paths_A), len(data.paths_B)]
-    if runtime.mean(n_images) != n_images:
-        die(f"this process found {n_images} images of A and B, others found more or fewer")
+    runtime.check_same(n_images, "numbers of images")
     pairs_per_step = args.batch_size * runtime.world_size
     steps_per_epoch = math.ceil(max(n_images) / pairs_per_step)
     total_steps = min((args.epochs + args.epochs_decay) * steps_per_epoch, args.max_steps)
@@ -804,42 +822,36 @@ def train(args, checkpoint=None):
     if checkpoint is None:
         make_out_dir(args, model)
     else:
-        start_step = checkpoint["pairs_seen"] // pairs_per_step
-        check_resumed(args, checkpoint, n_images, is_finished=start_step >= total_steps)
-        restore(parts, checkpoint["parts"])
+        start_step = restore(args, parts, checkpoint, n_images, pairs_per_step, total_steps)
     steps = range(start_step + 1, total_steps + 1)
-    if runtime.rank == 0:
-        announce(args, runtime, n_images, steps, steps_per_epoch)
+    announce(args, runtime, n_images, steps, steps_per_epoch)
     runtime.compile(model, len(steps))
     samples = torch.utils.data.default_collate([data[n] for n in range(6)])
 
     start_time = time.time()
     batches = load_batches(data, steps, runtime)
-    with catch_signals() as signals, contextlib.closing(batches):   # closing ends the loader processes
+    with catch_signals() as signals, contextlib.closing(batches):       # ends loader processes
         for step in steps:
-            lr = lr_at((step - 1) / steps_per_epoch, args)
-            for optimizer in optimizers.values():
-                optimizer.param_groups[0].update(lr=lr, betas=(args.beta1, 0.999))
+            lr = set_lr(optimizers, (step - 1) / steps_per_epoch, args)
             request_time = time.time()
             real_A, real_B = next(batches)
             data_time = time.time() - request_time
             terms = train_step(model, optimizers, pools, runtime, real_A, real_B, step)
-            log.add({"epoch": step / steps_per_epoch, "lr": lr, **terms, "waiting": data_time})
+            log.add(terms, data_time)
 
             is_stopping = runtime.mean([len(signals)]) != [0]   # a signal to one process stops all
             is_last = is_stopping or step == total_steps
             is_saving = is_last or step % args.save_every == 0
             is_logging = is_saving or step % args.log_every == 0
             if is_logging:
-                log.end_row(step, 2 * pairs_per_step, runtime)
+                log.end_row(step, step / steps_per_epoch, lr, 2 * pairs_per_step, runtime)
             if runtime.rank == 0:
                 if is_saving:
                     save_checkpoint(args, generators, parts, step * pairs_per_step, n_images)
                 if is_logging:
                     log.write(f"{args.out_dir}/log.csv")
                 if is_last or step % args.sample_every == 0:
-                    path = f"{args.out_dir}/samples/step_{step:07}.png"
-                    save_samples(path, generators, runtime, *samples)
+                    save_samples(args, step, generators, runtime, *samples)
                 progress(f"step {step}/{total_steps}", start_time, step - start_step, len(steps))
             if is_stopping:
                 runtime.print(f"stopped after step {step}, saved; to continue: "
@@ -864,7 +876,7 @@ def load_generators(path):
     return generators, flags
 
 def load_foreign_generator(state, path):
-    """-> the generator in a bare state_dict of other CycleGAN code. The layers have other names there,
+    """-> the generator in a bare state_dict of other CycleGAN code. Layers have other names there,
     but the same order, and their shapes tell the flags."""
     weights = [value for name, value in state.items()
                if torch.is_tensor(value) and value.ndim > 0 and "running" not in name]
@@ -892,7 +904,7 @@ def translate_any(G, x):
     return G(F.pad(x, (0, right, 0, bottom), mode=mode))[..., :h, :w]
 
 def name_images(tops):
-    """-> {name: path} of images and folders of images; names are below the folder, without suffix."""
+    """-> {name: path} of images and folders of images; a name is relative and has no suffix."""
     images = {}
     for top in tops:
         for path in find_images(top):
@@ -916,11 +928,13 @@ def compare(x, y, truth):
 
 def report(totals):
     """Prints the sums of compare() as means."""
-    inside = totals["changed error"] / max(1, totals["changed pixels"])
-    outside = (totals["error"] - totals["changed error"]) / max(1, totals["pixels"] - totals["changed pixels"])
+    n_images, n_inside = totals["images"], totals["changed pixels"]
+    inside = totals["changed error"] / max(1, n_inside)
     share = totals["changed error"] / max(1e-9, totals["unchanged error"])
-    print(f"compared {totals['images']}: mean absolute error {totals['error'] / totals['pixels']:.3f} "
-          f"(images from -1 to 1), PSNR {totals['PSNR'] / totals['images']:.1f} dB")
+    error_outside = totals["error"] - totals["changed error"]
+    outside = error_outside / max(1, totals["pixels"] - n_inside)
+    print(f"compared {n_images}: PSNR {totals['PSNR'] / n_images:.1f} dB, mean absolute error "
+          f"{totals['error'] / totals['pixels']:.3f} (images from -1 to 1)")
     print(f"inside the changed region: error {inside:.3f} ({share:.1%} of leaving it unchanged); "
           f"outside: error {outside:.3f}", flush=True)
 
@@ -962,7 +976,8 @@ def translate(argv, args):
             print(error, file=sys.stderr, flush=True)
             n_unreadable += 1
         progress(f"{i}/{len(names)}", start_time, i, len(names))
-    print(f"translated {len(names) - n_unreadable} of {len(names)} images into {args.output}", flush=True)
+    n_translated = len(names) - n_unreadable
+    print(f"translated {n_translated} of {len(names)} images into {args.output}", flush=True)
     if totals["images"]:
         report(totals)
     return int(n_unreadable > 0)
@@ -976,10 +991,10 @@ def demo(argv, args):
         "--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 --generator unet "
         "--ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off "
         f"--out_dir {run}",
-        f"--checkpoint {run}/generators.pt --input files/toy/black_test --truth files/toy/blond_test "
-        f"--output {run}/blond --overwrite",
-        f"--checkpoint {run}/generators.pt --input files/toy/blond_test --truth files/toy/black_test "
-        f"--output {run}/black --overwrite --direction BtoA"]
+        f"--checkpoint {run}/generators.pt --direction AtoB --input files/toy/black_test "
+        f"--truth files/toy/blond_test --output {run}/blond --overwrite",
+        f"--checkpoint {run}/generators.pt --direction BtoA --input files/toy/blond_test "
+        f"--truth files/toy/black_test --output {run}/black --overwrite"]
     if os.path.exists(f"{run}/latest.pt"):
         commands[0] = f"--resume {run}"
     for command in commands:
