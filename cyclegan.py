@@ -78,6 +78,8 @@ def get_args(argv=None, stored=None):
     def number(text):
         return bounded(float(text), 0)
     def path(text):                     # absolute: a run can be resumed from another folder
+        if not text:
+            raise argparse.ArgumentTypeError("an empty path")
         return os.path.abspath(os.path.expanduser(text))
     types = {int: count, float: number, str: str, type(None): path}
     def add(name, default, help, kind=None, **options):
@@ -155,12 +157,16 @@ def get_args(argv=None, stored=None):
         args.load_size = args.size * 286 // 256
     if args.blocks is None:
         args.blocks = 9 if args.size >= 256 else 6
+    if args.demo or (args.resume and stored is None):
+        return args                     # the flags of the run are still to come
     needed = ["dataA", "dataB"] if args.mode == "train" else ["checkpoint", "input", "output"]
-    missing = [name for name in needed if not getattr(args, name)]
-    if missing and not (args.demo or args.resume):
-        die(f"--{missing[0]} is needed to {args.mode}; see --help, or try --demo")
-    if args.load_size < args.size or args.beta1 >= 1 or args.epochs + args.epochs_decay == 0:
-        die("--load_size must be at least --size, --beta1 below 1, --epochs not 0 everywhere")
+    for name in needed:
+        if not getattr(args, name):
+            die(f"--{name} is needed to {args.mode}; see --help, or try --demo")
+    if args.mode == "train" and args.load_size < args.size:
+        die(f"--load_size {args.load_size} is smaller than --size {args.size}")
+    if args.beta1 >= 1 or args.epochs + args.epochs_decay == 0:
+        die("--beta1 must be below 1, and --epochs or --epochs_decay above 0")
     return args
 
 # ---- 2. Data -------------------------------------------------------------------------------------
@@ -171,15 +177,17 @@ STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.
 
 def find_images(top):
     """-> sorted paths of the images in a folder and below, without hidden ones; or of one file."""
-    paths = [Path(top)]
+    if os.path.isfile(top):
+        return [Path(top)]
+    paths = []
     for folder, subfolders, names in os.walk(top, onerror=print):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         paths += [Path(folder, name) for name in names if not name.startswith(".")]
     images = sorted(path for path in paths if path.suffix.lower() in EXTENSIONS)
     if not images:
         die(f"no images in {top}; is it the right place?")
-    if len(images) < len(paths) - 1:
-        print(f"{top}: skipped {len(paths) - 1 - len(images)} files of other types")
+    if len(images) < len(paths):
+        print(f"{top}: skipped {len(paths) - len(images)} files of other types")
     return images
 
 def read_image(path, min_side=None):
@@ -349,25 +357,23 @@ GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 # A score for each 70x70 patch instead of one for the image (§4): texture and color can be judged
 # locally, and the cycle preserves the layout. Seen from the output, the receptive field of a score
 # grows by side = (side - 1) * stride + 4 per layer: 1, 4, 7, 16, 34, 70.
-class PatchDiscriminator(nn.Module):
+class PatchDiscriminator(nn.Sequential):
     """The 70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores; a sigmoid is up to the loss."""
     def __init__(self, args):
-        super().__init__()
         n = args.ndf
-        self.conv1 = nn.Conv2d(3, n, 4, stride=2, padding=1)
-        self.conv2 = nn.Conv2d(n, 2 * n, 4, stride=2, padding=1)
-        self.conv3 = nn.Conv2d(2 * n, 4 * n, 4, stride=2, padding=1)
-        self.conv4 = nn.Conv2d(4 * n, 8 * n, 4, stride=1, padding=1)
-        self.conv5 = nn.Conv2d(8 * n, 1, 4, stride=1, padding=1)
-        self.norm = InstanceNorm()
-        self.act = nn.LeakyReLU(0.2)
+        super().__init__(                                       # (N,   3, H,     W)
+            nn.Conv2d(3, n, 4, stride=2, padding=1),            # (N,  64, H/2,   W/2)
+            nn.LeakyReLU(0.2),
+            nn.Conv2d(n, 2 * n, 4, stride=2, padding=1),        # (N, 128, H/4,   W/4)
+            InstanceNorm(), nn.LeakyReLU(0.2),
+            nn.Conv2d(2 * n, 4 * n, 4, stride=2, padding=1),    # (N, 256, H/8,   W/8)
+            InstanceNorm(), nn.LeakyReLU(0.2),
+            nn.Conv2d(4 * n, 8 * n, 4, stride=1, padding=1),    # (N, 512, H/8-1, W/8-1)
+            InstanceNorm(), nn.LeakyReLU(0.2),
+            nn.Conv2d(8 * n, 1, 4, stride=1, padding=1))        # (N,   1, H/8-2, W/8-2)
 
-    def forward(self, x):                               # (N,   3, H,     W)
-        x = self.act(self.conv1(x))                     # (N,  64, H/2,   W/2)
-        x = self.act(self.norm(self.conv2(x)))          # (N, 128, H/4,   W/4)
-        x = self.act(self.norm(self.conv3(x)))          # (N, 256, H/8,   W/8)
-        x = self.act(self.norm(self.conv4(x)))          # (N, 512, H/8-1, W/8-1)
-        return self.conv5(x)                            # (N,   1, H/8-2, W/8-2)
+    def forward(self, x):
+        return super().forward(x)       # torch 2.11 compiles only what has a forward of its own
 
 def init_weights(module):
     """N(0, 0.02) for the kernel of a convolution (§7.1), 0 for its bias."""
@@ -408,8 +414,8 @@ class ImagePool:
 # Three terms for the generators. Adversarial (Eq. 1): the output looks like the other domain, but
 # alone it would allow one such image for all inputs (collapse). Cycle (Eq. 2): translating back
 # recovers the input, but alone it would allow any reversible change, such as inverted colors.
-# Identity (§5.2): G_AB leaves a real B as it is, which keeps colors; with too much of it, copying the
-# input becomes the best answer.
+# Identity (§5.2): G_AB leaves a real B as it is, which keeps colors; with too much of it, copying
+# the input becomes the best answer.
 #   Healthy lsgan runs have D_A and D_B between 0.1 and 0.25 (0.25 is guessing), adv between 0.3 and
 # 0.6, D(real) and D(fake) apart but near 0.5; cycle and idt, logged with their weights, fall for
 # many epochs. D_A, D_B near 0 and adv near 1: D has won, or G copies its input (see the samples).
@@ -589,7 +595,7 @@ class Runtime:
     def check_same(self, numbers, what):
         """Exits if other processes have other numbers: they would train differently or deadlock."""
         if self.mean(numbers) != numbers:
-            die(f"the processes have different {what}, here {numbers}")
+            die(f"this process found {numbers} {what}, others found more or fewer")
 
     def print(self, text):
         if self.rank == 0:
@@ -648,6 +654,8 @@ class Log:
     def end_row(self, step, epoch, lr, images_per_step, runtime):
         """Ends a row with this step: means over its steps and over all processes."""
         means = runtime.mean([float(total) / self.n_steps for total in self.sums.values()])
+        if not np.isfinite(means).all():
+            die(f"step {step}: {[*self.sums]} = {means}; --resume with a lower --lr or with --amp off")
         seconds = time.time() - self.start_time
         self.rows.append({
             "step": step, "epoch": epoch, "lr": lr, **dict(zip(self.sums, means)),
@@ -733,7 +741,10 @@ def make_out_dir(args, model):
         if os.path.exists(f"{args.out_dir}/{name}"):
             die(f"{args.out_dir} holds a run: --resume it, or choose another --out_dir")
     refuse_inside(args.out_dir, args.dataA + args.dataB)
-    os.makedirs(args.out_dir, exist_ok=True)
+    try:
+        os.makedirs(args.out_dir, exist_ok=True)
+    except OSError as error:
+        die(f"cannot make --out_dir {args.out_dir} ({error.strerror})")
 
     n_values = 3 * sum(p.numel() for p in model.parameters())       # Adam has two moments for each
     n_values += 2 * args.pool_size * 3 * args.size**2
@@ -765,7 +776,7 @@ def restore(args, parts, checkpoint, n_images, pairs_per_step, total_steps):
     if changed and step >= total_steps:
         die(f"{args.out_dir} is finished, {changed} would change nothing; choose another --out_dir")
     if checkpoint["n_images"] != n_images:
-        print(f"{checkpoint['n_images']} images before, {n_images} now: not an exact continuation")
+        print(f"{n_images} images of A and B, {checkpoint['n_images']} before: the run differs now")
     for name, part in parts.items():
         if states[name]:                # empty: the scaler of a run without fp16
             part.load_state_dict(states[name])
@@ -779,7 +790,7 @@ def catch_signals():
     def handler(number, _):
         received.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.write(2, b"\nfinishing this step, then saving; Ctrl-C again stops without saving\n")
+        os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to stop without saving\n")
 
     if threading.current_thread() is threading.main_thread():   # others may not handle any
         old_handlers = {number: signal.signal(number, handler) for number in STOP_SIGNALS
@@ -793,11 +804,12 @@ def catch_signals():
 def announce(args, runtime, n_images, steps, steps_per_epoch):
     """Prints what is trained on, where, and on which schedule."""
     done_epochs = (steps.start - 1) / steps_per_epoch
+    n_pairs = args.batch_size * runtime.world_size
     runtime.print(
-        f"{args.out_dir}: {n_images[0]:,} images of A, {n_images[1]:,} of B; {args.batch_size} pairs "
-        f"per step on each of {runtime.world_size} x {runtime.device}, precision {runtime.precision}\n"
-        f"{args.epochs} epochs at learning rate {args.lr:g}, then {args.epochs_decay} down to 0; "
-        f"{steps_per_epoch:,} steps per epoch, {len(steps):,} to go from epoch {done_epochs:.2f}")
+        f"{args.out_dir}: {n_images[0]:,} images of A, {n_images[1]:,} of B; {n_pairs} pairs per step "
+        f"on {runtime.world_size} x {runtime.device}, precision {runtime.precision}\n"
+        f"{args.epochs} epochs at learning rate {args.lr:g}, then {args.epochs_decay} down to 0, "
+        f"{steps_per_epoch:,} steps each; {len(steps):,} steps to go from epoch {done_epochs:.2f}")
     if args.size >= 256 and runtime.device.type == "cpu":
         runtime.print("without a GPU this takes days: try --size 64, or --demo")
 
@@ -814,7 +826,7 @@ def train(args, checkpoint=None):
              "scaler": runtime.scaler, "pool_A": pools["A"], "pool_B": pools["B"], "log": log}
 
     n_images = [len(data.paths_A), len(data.paths_B)]
-    runtime.check_same(n_images, "numbers of images")
+    runtime.check_same(n_images, "images of A and B")
     pairs_per_step = args.batch_size * runtime.world_size
     steps_per_epoch = math.ceil(max(n_images) / pairs_per_step)
     total_steps = min((args.epochs + args.epochs_decay) * steps_per_epoch, args.max_steps)
@@ -854,10 +866,10 @@ def train(args, checkpoint=None):
                     save_samples(args, step, generators, runtime, *samples)
                 progress(f"step {step}/{total_steps}", start_time, step - start_step, len(steps))
             if is_stopping:
-                runtime.print(f"stopped after step {step}, saved; to continue: "
+                runtime.print(f"stopped after step {step} and saved; continue with:\n"
                               f"python cyclegan.py --resume {shlex.quote(args.out_dir)}")
                 return 128 + (signals or [signal.SIGTERM])[0]
-    runtime.print(f"{args.out_dir} is finished: see samples; generators.pt is for translating")
+    runtime.print(f"finished {total_steps} steps: see {args.out_dir}/samples")
     return 0
 
 # ---- 11. Translate -------------------------------------------------------------------------------
@@ -870,9 +882,12 @@ def load_generators(path):
         return {"AtoB": G, "BtoA": G}, None
     flags, states = checkpoint["flags"], checkpoint["generators"]
     generators = {}
-    for direction, name in {"AtoB": "G_AB", "BtoA": "G_BA"}.items():
-        generators[direction] = GENERATORS[flags["generator"]](argparse.Namespace(**flags))
-        generators[direction].load_state_dict(states[name])
+    try:
+        for direction, name in {"AtoB": "G_AB", "BtoA": "G_BA"}.items():
+            generators[direction] = GENERATORS[flags["generator"]](argparse.Namespace(**flags))
+            generators[direction].load_state_dict(states[name])
+    except (AttributeError, KeyError, RuntimeError):
+        die(f"{path}: its generators are those of another version of cyclegan.py")
     return generators, flags
 
 def load_foreign_generator(state, path):
@@ -938,6 +953,17 @@ def report(totals):
     print(f"inside the changed region: error {inside:.3f} ({share:.1%} of leaving it unchanged); "
           f"outside: error {outside:.3f}", flush=True)
 
+def check_output(args, names):
+    """Refuses to overwrite images: those of --input and --truth, and, unless told to, any others."""
+    refuse_inside(args.output, filter(os.path.isdir, [*args.input, args.truth or ""]))
+    endings = [".png", "_back.png"] if args.round_trip else [".png"]
+    outputs = Counter(f"{args.output}/{name}{ending}" for name in names for ending in endings)
+    for path, n_times in outputs.items():
+        if n_times > 1:
+            die(f"two images would become {path}; rename one")
+        if os.path.exists(path) and not args.overwrite:
+            die(f"{path} exists: choose another --output, or --overwrite")
+
 @torch.no_grad()
 def translate(argv, args):
     """Translates --input into --output. Returns the exit status: 1 if an image was unreadable."""
@@ -951,10 +977,10 @@ def translate(argv, args):
     G_back = generators["BtoA" if args.direction == "AtoB" else "AtoB"].to(runtime.device)
     images = name_images(args.input)
     truths = name_images([args.truth]) if args.truth else {}
-    refuse_inside(args.output, filter(os.path.isdir, [*args.input, args.truth or ""]))
-    for name in images:
-        if os.path.exists(f"{args.output}/{name}.png") and not args.overwrite:
-            die(f"{args.output}/{name}.png exists: choose another --output, or --overwrite")
+    names = list(images)[runtime.rank::runtime.world_size]
+    check_output(args, names)
+    if args.truth and truths.keys().isdisjoint(images):
+        die(f"--truth {args.truth}: no image there has the name of one in --input")
 
     def load(path):
         image = read_image(path)
@@ -962,7 +988,6 @@ def translate(argv, args):
         return runtime.to_float(pixels)[None]
 
     totals, n_unreadable, start_time = Counter(), 0, time.time()
-    names = list(images)[runtime.rank::runtime.world_size]
     for i, name in enumerate(names, 1):
         try:
             x = load(images[name])
@@ -971,7 +996,9 @@ def translate(argv, args):
             if args.round_trip:
                 write_file(f"{args.output}/{name}_back.png", save_png, translate_any(G_back, y))
             if name in truths:
-                totals.update(compare(x, y, load(truths[name])))
+                truth = load(truths[name])
+                if truth.shape == x.shape:      # it may not be with --native
+                    totals.update(compare(x, y, truth))
         except OSError as error:
             print(error, file=sys.stderr, flush=True)
             n_unreadable += 1
