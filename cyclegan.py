@@ -148,7 +148,8 @@ def get_args(argv=None, stored=None):
 
     known = vars(parser.parse_args([])).keys() - NOT_STORED
     if stored is not None and stored.keys() != known:
-        die(f"checkpoint of another version of cyclegan.py: {known ^ stored.keys()} differ")
+        difference = ", ".join(sorted(known ^ stored.keys()))[:100]
+        die(f"checkpoint of another version of cyclegan.py, which differs in {difference}")
     parser.set_defaults(**stored or {})
     args = parser.parse_args(argv)
     if args.checkpoint:
@@ -614,6 +615,7 @@ def write_file(path, write, content):
             os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:       # torch.save raises the latter
+        Path(f"{path}.part").unlink(missing_ok=True)
         die(f"cannot write {path} ({error}); is the disk full? The old file is unchanged")
 
 def progress(text, start_time, done, total):
@@ -655,7 +657,7 @@ class Log:
         """Ends a row with this step: means over its steps and over all processes."""
         means = runtime.mean([float(total) / self.n_steps for total in self.sums.values()])
         if not np.isfinite(means).all():
-            die(f"step {step}: {[*self.sums]} = {means}; --resume with a lower --lr or with --amp off")
+            die(f"step {step}: {[*self.sums]} = {means}; --resume with a lower --lr or --amp off")
         seconds = time.time() - self.start_time
         self.rows.append({
             "step": step, "epoch": epoch, "lr": lr, **dict(zip(self.sums, means)),
@@ -671,10 +673,10 @@ class Log:
         except OSError as error:
             print(f"cannot write {path} ({error.strerror}); trying again with the next row")
         if self.n_printed % 20 == 0:
-            print("".join(f"{name:>8}" for name in self.rows[-1]))
+            print(" ".join(f"{name:>7}" for name in self.rows[-1]))
         self.n_printed += 1
         step, *values = self.rows[-1].values()
-        print(f"{step:8}" + "".join(f"{value:8.3g}" for value in values), flush=True)
+        print(f"{step:7}", *[f"{value:7.3g}" for value in values], flush=True)
 
     def state_dict(self):
         return {"rows": self.rows}
@@ -790,7 +792,8 @@ def catch_signals():
     def handler(number, _):
         received.append(number)
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to stop without saving\n")
+        os.write(2, b"\nfinishing this step, then saving; "
+                    b"press Ctrl-C again to stop without saving\n")
 
     if threading.current_thread() is threading.main_thread():   # others may not handle any
         old_handlers = {number: signal.signal(number, handler) for number in STOP_SIGNALS
@@ -806,8 +809,8 @@ def announce(args, runtime, n_images, steps, steps_per_epoch):
     done_epochs = (steps.start - 1) / steps_per_epoch
     n_pairs = args.batch_size * runtime.world_size
     runtime.print(
-        f"{args.out_dir}: {n_images[0]:,} images of A, {n_images[1]:,} of B; {n_pairs} pairs per step "
-        f"on {runtime.world_size} x {runtime.device}, precision {runtime.precision}\n"
+        f"{args.out_dir}: {n_images[0]:,} images of A, {n_images[1]:,} of B; {n_pairs} pairs per "
+        f"step on {runtime.world_size} x {runtime.device}, precision {runtime.precision}\n"
         f"{args.epochs} epochs at learning rate {args.lr:g}, then {args.epochs_decay} down to 0, "
         f"{steps_per_epoch:,} steps each; {len(steps):,} steps to go from epoch {done_epochs:.2f}")
     if args.size >= 256 and runtime.device.type == "cpu":
@@ -954,7 +957,7 @@ def report(totals):
           f"outside: error {outside:.3f}", flush=True)
 
 def check_output(args, names):
-    """Refuses to overwrite images: those of --input and --truth, and, unless told to, any others."""
+    """Refuses to mix outputs into --input or --truth, and to overwrite files unless told to."""
     refuse_inside(args.output, filter(os.path.isdir, [*args.input, args.truth or ""]))
     endings = [".png", "_back.png"] if args.round_trip else [".png"]
     outputs = Counter(f"{args.output}/{name}{ending}" for name in names for ending in endings)
