@@ -22,9 +22,10 @@ an image that is translated and translated back must come out unchanged.
   Here       G_AB   G_BA   D_A   D_B   real_A   real_B   fake_B   fake_A   rec_A     rec_B
   The paper  G      F      D_X   D_Y   x        y        G(x)     F(y)     F(G(x))   G(F(y))
 
-Where to change what: a generator is a class and a line in GENERATORS; a GAN loss, a function and a
+Where to make changes: a generator is a class and a line in GENERATORS; a GAN loss, a function and a
 line in GAN_LOSSES; a term of the objective, a line in CycleGAN.generator_loss (the log follows it);
-augmentation is `preprocess`; the learning rate schedule is `lr_at`.
+augmentation is `preprocess`; the schedule is `lr_at`; a frozen network goes into CycleGAN.__init__;
+an average of G into `generators` in `train`; gradient accumulation into `train_step`.
 """
 import argparse
 import contextlib
@@ -54,7 +55,7 @@ from torchvision.transforms import functional as TF
 from torchvision.utils import save_image
 
 def die(message):
-    """Ends the program because of bad input: one line on stderr, exit status 2."""
+    """Ends the program on a foreseen error: one line on stderr, exit status 2."""
     print("cyclegan.py:", " ".join(message.split()), file=sys.stderr, flush=True)
     if dist.is_initialized():
         os._exit(2)                     # a normal exit can wait for the other processes
@@ -81,7 +82,7 @@ def get_args(argv=None, stored=None):
         if not text:
             raise argparse.ArgumentTypeError("an empty path")
         return os.path.abspath(os.path.expanduser(text))
-    types = {int: count, float: number, str: str, type(None): path}
+    parsers = {int: count, float: number, str: str, type(None): path}      # by type of the default
     def add(name, default, help, kind=None, **options):
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
@@ -89,7 +90,7 @@ def get_args(argv=None, stored=None):
             options["choices"] = list(default)
             default = options["choices"][0]
         else:
-            options["type"] = kind or types[type(default)]
+            options["type"] = kind or parsers[type(default)]
         group.add_argument(f"--{name}", default=default, help=help, **options)
 
     parser = argparse.ArgumentParser(
@@ -125,7 +126,7 @@ def get_args(argv=None, stored=None):
     group = parser.add_argument_group("schedule")
     add("epochs", 100, "epochs at a constant learning rate (default: 100)", natural)
     add("epochs_decay", 100, "epochs after these, in which it decays to 0 (default: 100)", natural)
-    add("max_steps", 10**9, "end after this many steps, without decay (default: no limit)")
+    add("max_steps", 10**9, "stop here, whatever the schedule (default: no limit)")
     add("batch_size", 1, "pairs per step in each process (default: 1)")
     add("lr", 2e-4, "learning rate of Adam (default: 2e-4)")
     add("beta1", 0.5, "first beta of Adam (default: 0.5)")
@@ -150,7 +151,7 @@ def get_args(argv=None, stored=None):
     if stored is not None and stored.keys() != known:
         difference = ", ".join(sorted(known ^ stored.keys()))[:100]
         die(f"checkpoint of another version of cyclegan.py, which differs in {difference}")
-    parser.set_defaults(**stored or {})
+    parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
     if args.checkpoint:
         args.mode = "translate"
@@ -177,7 +178,7 @@ EXTENSIONS = set(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".sp
 STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
 
 def find_images(top):
-    """-> sorted paths of the images in a folder and below, without hidden ones; or of one file."""
+    """-> sorted paths of all images under a folder, without hidden ones, or the file itself."""
     if os.path.isfile(top):
         return [Path(top)]
     paths = []
@@ -200,7 +201,7 @@ def read_image(path, min_side=None):
             image = ImageOps.exif_transpose(image)
     except Exception as error:          # decoders raise anything on broken files
         raise OSError(f"cannot read {path}: {error}") from None
-    if image.mode.startswith(("I", "F")):       # which value is white? The file does not say
+    if image.mode.startswith(("I", "F")):       # the white level is not known
         raise OSError(f"cannot read {path}: it has more than 8 bits per channel; convert it to 8")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
@@ -278,7 +279,7 @@ class InstanceNorm(nn.Module):
     """Each channel of an image to mean 0, variance 1: (N, C, H, W) -> same. Not nn.InstanceNorm2d,
     whose CPU gradients are wrong for a single image in channels_last (torch 2.15)."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # CUDA's would convert to float32
+        with torch.autocast(x.device.type, enabled=False):      # on CUDA it would give float32
             return F.group_norm(x, num_groups=x.shape[1])
 
 def upsample(n_in, n_out, args, kernel_size=3):
@@ -290,7 +291,7 @@ def upsample(n_in, n_out, args, kernel_size=3):
     return nn.ConvTranspose2d(n_in, n_out, kernel_size, 2, padding=1, output_padding=output_padding)
 
 class ResidualBlock(nn.Module):
-    """x + f(x), (N, n, H, W) -> same: whatever should stay as it is need not be learned."""
+    """x + f(x), (N, n, H, W) -> same: the identity, most of the task, need not be learned."""
     def __init__(self, n):
         super().__init__()
         self.conv1 = nn.Conv2d(n, n, 3, padding=1, padding_mode="reflect")
@@ -328,8 +329,8 @@ class ResNetGenerator(nn.Module):
 
 class UNetGenerator(nn.Module):
     """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. Its levels are nested: each halves
-    its input, hands it to the level inside, doubles the result and appends it to the input."""
-    size_multiple = 32                              # at least; 2**levels in each network
+    the resolution, calls the level inside, doubles it again and concatenates that to its input."""
+    size_multiple = 32                              # required of --size; each network: 2**levels
 
     def __init__(self, args, level=1, n_in=3):
         super().__init__()
@@ -339,7 +340,8 @@ class UNetGenerator(nn.Module):
         self.is_outermost = level == 1
         self.down = nn.Conv2d(n_in, n, 4, stride=2, padding=1)
         self.inside = UNetGenerator(args, level + 1, n) if level < levels else None
-        self.up = upsample(2 * n if self.inside else n, n_in, args, kernel_size=4)
+        n_up = n if self.inside is None else 2 * n
+        self.up = upsample(n_up, n_in, args, kernel_size=4)
         self.norm = InstanceNorm()
 
     def forward(self, x):                           # (N, n_in, H,   W)
@@ -379,12 +381,12 @@ class PatchDiscriminator(nn.Sequential):
 def init_weights(module):
     """N(0, 0.02) for the kernel of a convolution (§7.1), 0 for its bias."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        for parameter in module.parameters():       # not .weight, which spectral norm recomputes
+        for parameter in module.parameters():       # .weight is computed if a fork normalizes it
             nn.init.normal_(parameter, 0.0, 0.02 if parameter.ndim == 4 else 0.0)
 
 # ---- 5. Image pool -------------------------------------------------------------------------------
-# A discriminator that sees only the newest fakes forgets old ones, and the generators can return to
-# them: training oscillates. So half of the fakes it sees are older (§4, Shrivastava et al. 2017).
+# A discriminator that sees only the newest fakes forgets old ones, so the generators can bring them
+# back: training oscillates. So half of the fakes it sees are older (§4, Shrivastava et al. 2017).
 class ImagePool:
     """Up to `size` earlier fakes of one domain; size 0 is off."""
     def __init__(self, size):
@@ -444,7 +446,7 @@ def ghm(scores, target, n_bins=10):
     n_in_bin = F.one_hot(bins, n_bins).sum(dim=0)
     return (entropy / n_in_bin[bins]).sum() / (n_in_bin > 0).sum()
 
-# name: (loss of D, loss of G). Focal and GHM-C are for D; its G gets plain cross-entropy.
+# name: (loss of D, loss of G). Focal and GHM-C are for D; their G gets plain cross-entropy.
 GAN_LOSSES = {"lsgan": (lsgan, lsgan), "bce": (bce, bce), "focal": (focal, bce), "ghm": (ghm, bce)}
 
 class CycleGAN(nn.Module):
@@ -497,7 +499,7 @@ class CycleGAN(nn.Module):
 # ---- 7. One step ---------------------------------------------------------------------------------
 def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
     """Updates the generators, then the discriminators. Images (N, 3, H, W) in [-1, 1] -> terms."""
-    seed_torch(runtime.args.seed, step, runtime.rank)   # so that a resumed run repeats the step
+    seed_torch(runtime.args.seed, step, runtime.rank)   # a resumed run draws the same numbers
     model.D_A.requires_grad_(False)     # G's gradient passes through D, but D's own is not needed
     model.D_B.requires_grad_(False)
     with runtime.autocast():
@@ -538,7 +540,7 @@ class Runtime:
         self.is_cuda = self.device.type == "cuda"
         if self.is_cuda:
             torch.cuda.set_device(self.device)
-            torch.backends.cudnn.benchmark = True       # sizes are fixed: try all algorithms
+            torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
         self.precision = self.best_precision() if args.amp == "auto" else args.amp
@@ -547,8 +549,9 @@ class Runtime:
     def best_precision(self):
         if self.is_cuda:                # a T4 emulates bf16, slowly
             return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)
-        return "bf16" if self.device.type == "cpu" and has_bf16() else "off"
+        if self.device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
+            return "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
+        return "off"
 
     def autocast(self):
         dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
@@ -572,7 +575,7 @@ class Runtime:
     def step(self, optimizer):
         """Updates parameters by their gradients, averaged over processes; frees the gradients."""
         self.average([p.grad for group in optimizer.param_groups for p in group["params"]])
-        self.scaler.step(optimizer)             # after averaging: an overflow is skipped everywhere
+        self.scaler.step(optimizer)     # after averaging: an overflow is skipped everywhere
         self.scaler.update()
         optimizer.zero_grad()
 
@@ -580,7 +583,7 @@ class Runtime:
         """Replaces tensors by their means over all processes, in one all-reduce."""
         if self.world_size == 1:
             return
-        flat = nn.utils.parameters_to_vector(tensors)
+        flat = nn.utils.parameters_to_vector(tensors)       # good for gradients, too
         try:
             dist.all_reduce(flat)
         except RuntimeError as error:
@@ -594,7 +597,7 @@ class Runtime:
         return tensor.tolist()
 
     def check_same(self, numbers, what):
-        """Exits if other processes have other numbers: they would train differently or deadlock."""
+        """Exits if processes have different numbers: they would not stay in step."""
         if self.mean(numbers) != numbers:
             die(f"this process found {numbers} {what}, others found more or fewer")
 
@@ -603,7 +606,9 @@ class Runtime:
             print(text, flush=True)
 
 # ---- 9. Outputs ----------------------------------------------------------------------------------
-save_png = functools.partial(save_image, format="png", nrow=6, normalize=True, value_range=(-1, 1))
+N_SAMPLES = 6           # images per row of the sample grids
+save_png = functools.partial(
+    save_image, format="png", nrow=N_SAMPLES, normalize=True, value_range=(-1, 1))
 
 def write_file(path, write, content):
     """write(content, file) gets a temporary file: a crash or a full disk leaves the old one."""
@@ -615,8 +620,9 @@ def write_file(path, write, content):
             os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:       # torch.save raises the latter
-        Path(f"{path}.part").unlink(missing_ok=True)
-        die(f"cannot write {path} ({error}); is the disk full? The old file is unchanged")
+        with contextlib.suppress(OSError):
+            os.remove(f"{path}.part")
+        die(f"cannot write {path} ({error}); is the disk full? An existing file is unchanged")
 
 def progress(text, start_time, done, total):
     """A live line with the time left: on a terminal, from the fifth of `total` steps on."""
@@ -649,7 +655,7 @@ class Log:
 
     def add(self, terms, data_time):
         """Adds the terms of a step, without waiting for the device, and its wait for data (s)."""
-        self.sums.update(terms)
+        self.sums.update(terms)         # a Counter adds
         self.n_steps += 1
         self.data_time += data_time
 
@@ -665,11 +671,13 @@ class Log:
         self.start_row()
 
     def write(self, path):
-        """Writes log.csv and prints the last row. A locked file is retried with the next row."""
-        names = {name: name for row in self.rows for name in row}       # --resume may change them
+        """Writes log.csv and prints the last row. If the file is locked, it is written later."""
+        names = dict.fromkeys(name for row in self.rows for name in row)   # --resume may add
         try:
             with open(path, "w", newline="") as file:
-                csv.DictWriter(file, names).writerows([names, *self.rows])
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(self.rows)
         except OSError as error:
             print(f"cannot write {path} ({error.strerror}); trying again with the next row")
         if self.n_printed % 20 == 0:
@@ -693,6 +701,7 @@ def save_checkpoint(args, generators, parts, pairs_seen, n_images):
     weights = {name: G.state_dict() for name, G in generators.items()}
     shared = {"flags": flags, "generators": weights}
     states = {name: part.state_dict() for name, part in parts.items()}
+    # `shared` is in both files, so that both can translate; torch.save stores a tensor only once.
     latest = {**shared, "parts": states, "pairs_seen": pairs_seen, "n_images": n_images}
     write_file(f"{args.out_dir}/latest.pt", torch.save, latest)
     write_file(f"{args.out_dir}/generators.pt", torch.save, shared)
@@ -706,7 +715,8 @@ def load_checkpoint(path):
 
 # ---- 10. Train -----------------------------------------------------------------------------------
 def lr_at(epoch, args):
-    """The learning rate at a (fractional) epoch: constant, then linear to 0 (§7.1)."""
+    """The learning rate at a (fractional) epoch: constant, then linear to 0 (§7.1). It depends on
+    the flags only, so --resume with more --epochs can raise it again."""
     if epoch < args.epochs:
         return args.lr
     return args.lr * (1 - (epoch - args.epochs) / args.epochs_decay)
@@ -724,7 +734,7 @@ def make_optimizers(model, args):
     parameters_G = [*model.G_AB.parameters(), *model.G_BA.parameters()]
     parameters_D = [*model.D_A.parameters(), *model.D_B.parameters()]
     n_trainable = sum(parameter.requires_grad for parameter in model.parameters())
-    assert n_trainable == len(parameters_G + parameters_D), "freeze what no optimizer trains"
+    assert n_trainable == len(parameters_G + parameters_D), "freeze networks without an optimizer"
     return {"G": adam(parameters_G), "D": adam(parameters_D)}
 
 def refuse_inside(path, folders):
@@ -761,7 +771,7 @@ def resume(argv, run):
     if "parts" not in checkpoint:
         die(f"{run}: latest.pt is from another version of cyclegan.py")
     stored = checkpoint["flags"]
-    stored["out_dir"] = run             # the folder may have been moved
+    stored["out_dir"] = run             # the folder may have been moved since
     args = get_args(argv, stored)
     for name in ("generator", "blocks", "ngf", "ndf", "upsample", "size", "seed", "out_dir"):
         if getattr(args, name) != stored[name]:
@@ -780,13 +790,16 @@ def restore(args, parts, checkpoint, n_images, pairs_per_step, total_steps):
     if checkpoint["n_images"] != n_images:
         print(f"{n_images} images of A and B, {checkpoint['n_images']} before: the run differs now")
     for name, part in parts.items():
-        if states[name]:                # empty: the scaler of a run without fp16
-            part.load_state_dict(states[name])
+        try:
+            if states[name]:            # empty: the scaler of a run without fp16
+                part.load_state_dict(states[name])
+        except RuntimeError:
+            die(f"checkpoint of another version of cyclegan.py, whose {name} differs")
     return step
 
 @contextlib.contextmanager
 def catch_signals():
-    """Yields a list that receives signals to stop, which the loop looks at after each step."""
+    """Yields a list that receives signals to stop; the loop checks it after each step."""
     received, old_handlers = [], {}
 
     def handler(number, _):
@@ -824,6 +837,7 @@ def train(args, checkpoint=None):
     optimizers = make_optimizers(model, args)
     pools = {"A": ImagePool(args.pool_size), "B": ImagePool(args.pool_size)}
     generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # for samples and for translating
+    # All that a resumed run needs. With several processes, all of them get the pools of rank 0.
     parts = {"G_AB": model.G_AB, "G_BA": model.G_BA, "D_A": model.D_A, "D_B": model.D_B,
              "optimizer_G": optimizers["G"], "optimizer_D": optimizers["D"],
              "scaler": runtime.scaler, "pool_A": pools["A"], "pool_B": pools["B"], "log": log}
@@ -841,7 +855,8 @@ def train(args, checkpoint=None):
     steps = range(start_step + 1, total_steps + 1)
     announce(args, runtime, n_images, steps, steps_per_epoch)
     runtime.compile(model, len(steps))
-    samples = torch.utils.data.default_collate([data[n] for n in range(6)])
+    samples = torch.utils.data.default_collate([data[n] for n in range(N_SAMPLES)])
+    log.start_row()
 
     start_time = time.time()
     batches = load_batches(data, steps, runtime)
@@ -854,7 +869,7 @@ def train(args, checkpoint=None):
             terms = train_step(model, optimizers, pools, runtime, real_A, real_B, step)
             log.add(terms, data_time)
 
-            is_stopping = runtime.mean([len(signals)]) != [0]   # a signal to one process stops all
+            is_stopping = runtime.mean([len(signals)])[0] > 0   # a signal to one process stops all
             is_last = is_stopping or step == total_steps
             is_saving = is_last or step % args.save_every == 0
             is_logging = is_saving or step % args.log_every == 0
@@ -910,14 +925,14 @@ def load_foreign_generator(state, path):
         G.load_state_dict(dict(zip(G.state_dict(), weights, strict=True)))
     except (RuntimeError, ValueError):
         die(f"{path}: its layers are not those of a {args.generator} generator")
-    if any("down_blocks" in name for name in state):    # Learn Generative AI with PyTorch pads so
+    if any("down_blocks" in name for name in state):    # "Learn Generative AI with PyTorch" does so
         G.down1.padding_mode = G.down2.padding_mode = "reflect"
     return G
 
 def translate_any(G, x):
     """G for (1, 3, H, W) of any size: pads by reflection to the multiple it needs, then crops."""
     h, w = x.shape[-2:]
-    bottom, right = (max(-side % G.size_multiple, 8 - side) for side in (h, w))
+    bottom, right = (max(-side % G.size_multiple, 8 - side) for side in (h, w))    # 8: 2 at H/4
     mode = "reflect" if bottom < h and right < w else "replicate"
     return G(F.pad(x, (0, right, 0, bottom), mode=mode))[..., :h, :w]
 
@@ -942,13 +957,13 @@ def compare(x, y, truth):
         "images": 1, "PSNR": -10 * mse.log10().item(),
         "pixels": error.numel(), "error": error.sum().item(),
         "changed pixels": changed.sum().item(), "changed error": error[changed].sum().item(),
-        "unchanged error": (x - truth).abs().mean(dim=1).sum().item()}
+        "input error": (x - truth).abs().mean(dim=1).sum().item()}
 
 def report(totals):
     """Prints the sums of compare() as means."""
     n_images, n_inside = totals["images"], totals["changed pixels"]
     inside = totals["changed error"] / max(1, n_inside)
-    share = totals["changed error"] / max(1e-9, totals["unchanged error"])
+    share = totals["changed error"] / max(1e-9, totals["input error"])
     error_outside = totals["error"] - totals["changed error"]
     outside = error_outside / max(1, totals["pixels"] - n_inside)
     print(f"compared {n_images}: PSNR {totals['PSNR'] / n_images:.1f} dB, mean absolute error "
@@ -1015,8 +1030,8 @@ def translate(argv, args):
 def demo(argv, args):
     """Draws toy faces, then runs the commands that it prints, with the flags typed after --demo."""
     from prepare_celeba import toy_faces
-    toy_faces("files/toy", 400, 50)
-    run = args.out_dir or "runs/demo"
+    toy_faces("files/toy", n=400, n_test=50)
+    run = shlex.quote(args.out_dir or "runs/demo")
     commands = [
         "--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 --generator unet "
         "--ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off "
@@ -1025,10 +1040,10 @@ def demo(argv, args):
         f"--truth files/toy/blond_test --output {run}/blond --overwrite",
         f"--checkpoint {run}/generators.pt --direction BtoA --input files/toy/blond_test "
         f"--truth files/toy/black_test --output {run}/black --overwrite"]
-    if os.path.exists(f"{run}/latest.pt"):
+    if os.path.exists(f"{args.out_dir or 'runs/demo'}/latest.pt"):
         commands[0] = f"--resume {run}"
     for command in commands:
-        words = command.split() + [word for word in argv if word != "--demo"]
+        words = shlex.split(command) + [word for word in argv if word != "--demo"]
         print("\npython cyclegan.py", shlex.join(words), flush=True)
         status = main(words)
         if status:
