@@ -737,6 +737,80 @@ def make_optimizers(model, args):
     assert n_trainable == len(parameters_G + parameters_D), "freeze networks without an optimizer"
     return {"G": adam(parameters_G), "D": adam(parameters_D)}
 
+def train(args, checkpoint=None):
+    """Trains from scratch or from a checkpoint; fills args.out_dir. Returns the exit status."""
+    runtime, data, log = Runtime(args), UnpairedImages(args), Log()
+    torch.manual_seed(args.seed)        # the same initial weights in every process
+    model = CycleGAN(args).to(runtime.device)
+    optimizers = make_optimizers(model, args)
+    pools = {"A": ImagePool(args.pool_size), "B": ImagePool(args.pool_size)}
+    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # for samples and for translating
+    # All that a resumed run needs. With several processes, all of them get the pools of rank 0.
+    parts = {"G_AB": model.G_AB, "G_BA": model.G_BA, "D_A": model.D_A, "D_B": model.D_B,
+             "optimizer_G": optimizers["G"], "optimizer_D": optimizers["D"],
+             "scaler": runtime.scaler, "pool_A": pools["A"], "pool_B": pools["B"], "log": log}
+
+    n_images = [len(data.paths_A), len(data.paths_B)]
+    runtime.check_same(n_images, "images of A and B")
+    pairs_per_step = args.batch_size * runtime.world_size
+    steps_per_epoch = math.ceil(max(n_images) / pairs_per_step)
+    total_steps = min((args.epochs + args.epochs_decay) * steps_per_epoch, args.max_steps)
+    start_step = 0
+    if checkpoint is None:
+        make_out_dir(args, model)
+    else:
+        start_step = restore(args, parts, checkpoint, n_images, pairs_per_step, total_steps)
+    steps = range(start_step + 1, total_steps + 1)
+    announce(args, runtime, n_images, steps, steps_per_epoch)
+    runtime.compile(model, len(steps))
+    samples = torch.utils.data.default_collate([data[n] for n in range(N_SAMPLES)])
+    log.start_row()
+
+    start_time = time.time()
+    batches = load_batches(data, steps, runtime)
+    with catch_signals() as signals, contextlib.closing(batches):       # ends loader processes
+        for step in steps:
+            lr = set_lr(optimizers, (step - 1) / steps_per_epoch, args)
+            request_time = time.time()
+            real_A, real_B = next(batches)
+            data_time = time.time() - request_time
+            terms = train_step(model, optimizers, pools, runtime, real_A, real_B, step)
+            log.add(terms, data_time)
+
+            is_stopping = runtime.mean([len(signals)])[0] > 0   # a signal to one process stops all
+            is_last = is_stopping or step == total_steps
+            is_saving = is_last or step % args.save_every == 0
+            is_logging = is_saving or step % args.log_every == 0
+            if is_logging:
+                log.end_row(step, step / steps_per_epoch, lr, 2 * pairs_per_step, runtime)
+            if runtime.rank == 0:
+                if is_saving:
+                    save_checkpoint(args, generators, parts, step * pairs_per_step, n_images)
+                if is_logging:
+                    log.write(f"{args.out_dir}/log.csv")
+                if is_last or step % args.sample_every == 0:
+                    save_samples(args, step, generators, runtime, *samples)
+                progress(f"step {step}/{total_steps}", start_time, step - start_step, len(steps))
+            if is_stopping:
+                runtime.print(f"stopped after step {step} and saved; continue with:\n"
+                              f"python cyclegan.py --resume {shlex.quote(args.out_dir)}")
+                return 128 + (signals or [signal.SIGTERM])[0]
+    runtime.print(f"finished {total_steps} steps: see {args.out_dir}/samples")
+    return 0
+
+# The rest of this section is what `train` calls before and after its loop.
+def announce(args, runtime, n_images, steps, steps_per_epoch):
+    """Prints what is trained on, where, and on which schedule."""
+    done_epochs = (steps.start - 1) / steps_per_epoch
+    n_pairs = args.batch_size * runtime.world_size
+    runtime.print(
+        f"{args.out_dir}: {n_images[0]:,} images of A, {n_images[1]:,} of B; {n_pairs} pairs per "
+        f"step on {runtime.world_size} x {runtime.device}, precision {runtime.precision}\n"
+        f"{args.epochs} epochs at learning rate {args.lr:g}, then {args.epochs_decay} down to 0, "
+        f"{steps_per_epoch:,} steps each; {len(steps):,} steps to go from epoch {done_epochs:.2f}")
+    if args.size >= 256 and runtime.device.type == "cpu":
+        runtime.print("without a GPU this takes days: try --size 64, or --demo")
+
 def refuse_inside(path, folders):
     """Exits if a folder to write to is in one of the folders to read from."""
     for folder in folders:
@@ -817,79 +891,6 @@ def catch_signals():
         for number, old_handler in old_handlers.items():
             signal.signal(number, old_handler)
 
-def announce(args, runtime, n_images, steps, steps_per_epoch):
-    """Prints what is trained on, where, and on which schedule."""
-    done_epochs = (steps.start - 1) / steps_per_epoch
-    n_pairs = args.batch_size * runtime.world_size
-    runtime.print(
-        f"{args.out_dir}: {n_images[0]:,} images of A, {n_images[1]:,} of B; {n_pairs} pairs per "
-        f"step on {runtime.world_size} x {runtime.device}, precision {runtime.precision}\n"
-        f"{args.epochs} epochs at learning rate {args.lr:g}, then {args.epochs_decay} down to 0, "
-        f"{steps_per_epoch:,} steps each; {len(steps):,} steps to go from epoch {done_epochs:.2f}")
-    if args.size >= 256 and runtime.device.type == "cpu":
-        runtime.print("without a GPU this takes days: try --size 64, or --demo")
-
-def train(args, checkpoint=None):
-    """Trains from scratch or from a checkpoint; fills args.out_dir. Returns the exit status."""
-    runtime, data, log = Runtime(args), UnpairedImages(args), Log()
-    torch.manual_seed(args.seed)        # the same initial weights in every process
-    model = CycleGAN(args).to(runtime.device)
-    optimizers = make_optimizers(model, args)
-    pools = {"A": ImagePool(args.pool_size), "B": ImagePool(args.pool_size)}
-    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # for samples and for translating
-    # All that a resumed run needs. With several processes, all of them get the pools of rank 0.
-    parts = {"G_AB": model.G_AB, "G_BA": model.G_BA, "D_A": model.D_A, "D_B": model.D_B,
-             "optimizer_G": optimizers["G"], "optimizer_D": optimizers["D"],
-             "scaler": runtime.scaler, "pool_A": pools["A"], "pool_B": pools["B"], "log": log}
-
-    n_images = [len(data.paths_A), len(data.paths_B)]
-    runtime.check_same(n_images, "images of A and B")
-    pairs_per_step = args.batch_size * runtime.world_size
-    steps_per_epoch = math.ceil(max(n_images) / pairs_per_step)
-    total_steps = min((args.epochs + args.epochs_decay) * steps_per_epoch, args.max_steps)
-    start_step = 0
-    if checkpoint is None:
-        make_out_dir(args, model)
-    else:
-        start_step = restore(args, parts, checkpoint, n_images, pairs_per_step, total_steps)
-    steps = range(start_step + 1, total_steps + 1)
-    announce(args, runtime, n_images, steps, steps_per_epoch)
-    runtime.compile(model, len(steps))
-    samples = torch.utils.data.default_collate([data[n] for n in range(N_SAMPLES)])
-    log.start_row()
-
-    start_time = time.time()
-    batches = load_batches(data, steps, runtime)
-    with catch_signals() as signals, contextlib.closing(batches):       # ends loader processes
-        for step in steps:
-            lr = set_lr(optimizers, (step - 1) / steps_per_epoch, args)
-            request_time = time.time()
-            real_A, real_B = next(batches)
-            data_time = time.time() - request_time
-            terms = train_step(model, optimizers, pools, runtime, real_A, real_B, step)
-            log.add(terms, data_time)
-
-            is_stopping = runtime.mean([len(signals)])[0] > 0   # a signal to one process stops all
-            is_last = is_stopping or step == total_steps
-            is_saving = is_last or step % args.save_every == 0
-            is_logging = is_saving or step % args.log_every == 0
-            if is_logging:
-                log.end_row(step, step / steps_per_epoch, lr, 2 * pairs_per_step, runtime)
-            if runtime.rank == 0:
-                if is_saving:
-                    save_checkpoint(args, generators, parts, step * pairs_per_step, n_images)
-                if is_logging:
-                    log.write(f"{args.out_dir}/log.csv")
-                if is_last or step % args.sample_every == 0:
-                    save_samples(args, step, generators, runtime, *samples)
-                progress(f"step {step}/{total_steps}", start_time, step - start_step, len(steps))
-            if is_stopping:
-                runtime.print(f"stopped after step {step} and saved; continue with:\n"
-                              f"python cyclegan.py --resume {shlex.quote(args.out_dir)}")
-                return 128 + (signals or [signal.SIGTERM])[0]
-    runtime.print(f"finished {total_steps} steps: see {args.out_dir}/samples")
-    return 0
-
 # ---- 11. Translate -------------------------------------------------------------------------------
 # One generator is enough: the other one and the discriminators were only needed to train it.
 def load_generators(path):
@@ -907,27 +908,6 @@ def load_generators(path):
     except (AttributeError, KeyError, RuntimeError):
         die(f"{path}: its generators are those of another version of cyclegan.py")
     return generators, flags
-
-def load_foreign_generator(state, path):
-    """-> the generator in a bare state_dict of other CycleGAN code. Layers have other names there,
-    but the same order, and their shapes tell the flags."""
-    weights = [value for name, value in state.items()
-               if torch.is_tensor(value) and value.ndim > 0 and "running" not in name]
-    kernels = [weight.shape for weight in weights if weight.ndim == 4]
-    if len(kernels) < 6:
-        die(f"{path}: no generator found, or one of another version of cyclegan.py")
-    args = argparse.Namespace(
-        generator="unet" if kernels[0][2] == 4 else "resnet", ngf=kernels[0][0],
-        size=2 ** (len(kernels) // 2), blocks=(len(kernels) - 6) // 2,
-        upsample="deconv" if kernels[-3][0] > kernels[-3][1] else "nearest")
-    try:
-        G = GENERATORS[args.generator](args)
-        G.load_state_dict(dict(zip(G.state_dict(), weights, strict=True)))
-    except (RuntimeError, ValueError):
-        die(f"{path}: its layers are not those of a {args.generator} generator")
-    if any("down_blocks" in name for name in state):    # "Learn Generative AI with PyTorch" does so
-        G.down1.padding_mode = G.down2.padding_mode = "reflect"
-    return G
 
 def translate_any(G, x):
     """G for (1, 3, H, W) of any size: pads by reflection to the multiple it needs, then crops."""
@@ -1026,6 +1006,27 @@ def translate(argv, args):
     if totals["images"]:
         report(totals)
     return int(n_unreadable > 0)
+
+def load_foreign_generator(state, path):
+    """-> the generator in a bare state_dict of other CycleGAN code. Layers have other names there,
+    but the same order, and their shapes tell the flags."""
+    weights = [value for name, value in state.items()
+               if torch.is_tensor(value) and value.ndim > 0 and "running" not in name]
+    kernels = [weight.shape for weight in weights if weight.ndim == 4]
+    if len(kernels) < 6:
+        die(f"{path}: no generator found, or one of another version of cyclegan.py")
+    args = argparse.Namespace(
+        generator="unet" if kernels[0][2] == 4 else "resnet", ngf=kernels[0][0],
+        size=2 ** (len(kernels) // 2), blocks=(len(kernels) - 6) // 2,
+        upsample="deconv" if kernels[-3][0] > kernels[-3][1] else "nearest")
+    try:
+        G = GENERATORS[args.generator](args)
+        G.load_state_dict(dict(zip(G.state_dict(), weights, strict=True)))
+    except (RuntimeError, ValueError):
+        die(f"{path}: its layers are not those of a {args.generator} generator")
+    if any("down_blocks" in name for name in state):    # "Learn Generative AI with PyTorch" does so
+        G.down1.padding_mode = G.down2.padding_mode = "reflect"
+    return G
 
 def demo(argv, args):
     """Draws toy faces, then runs the commands that it prints, with the flags typed after --demo."""

@@ -1424,18 +1424,18 @@ fork ema: exponential moving average of the generators, for samples and translat
  import contextlib
 +import copy
  import csv
-@@ -838,3 +839,3 @@
+@@ -746,3 +747,3 @@
      pools = {"A": ImagePool(args.pool_size), "B": ImagePool(args.pool_size)}
 -    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # for samples and for translating
 +    generators = {"G_AB": copy.deepcopy(model.G_AB), "G_BA": copy.deepcopy(model.G_BA)}
      # All that a resumed run needs. With several processes, all of them get the pools of rank 0.
-@@ -842,3 +843,4 @@
+@@ -750,3 +751,4 @@
               "optimizer_G": optimizers["G"], "optimizer_D": optimizers["D"],
 -             "scaler": runtime.scaler, "pool_A": pools["A"], "pool_B": pools["B"], "log": log}
 +             "scaler": runtime.scaler, "pool_A": pools["A"], "pool_B": pools["B"], "log": log,
 +             "average_AB": generators["G_AB"], "average_BA": generators["G_BA"]}
  
-@@ -869,2 +871,6 @@
+@@ -777,2 +779,6 @@
              terms = train_step(model, optimizers, pools, runtime, real_A, real_B, step)
 +            with torch.no_grad():
 +                for name, average in generators.items():
@@ -1446,14 +1446,14 @@ fork ema: exponential moving average of the generators, for samples and translat
 fork wandb: log and samples to Weights & Biases
 --- a/cyclegan.py
 +++ b/cyclegan.py
-@@ -860,2 +860,6 @@
+@@ -768,2 +768,6 @@
  
 +    if runtime.rank == 0:
 +        import wandb
 +        name = os.path.basename(args.out_dir)
 +        wandb.init(project="cyclegan", id=name, resume="allow", config=vars(args))
      start_time = time.time()
-@@ -882,4 +886,7 @@
+@@ -790,4 +794,7 @@
                      log.write(f"{args.out_dir}/log.csv")
 +                    wandb.log(log.rows[-1], step=step)
                  if is_last or step % args.sample_every == 0:
