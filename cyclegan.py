@@ -153,6 +153,8 @@ def get_args(argv=None, stored=None):
         die(f"checkpoint of another version of cyclegan.py, which differs in {difference}")
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
+    if args.generator not in GENERATORS or args.gan_loss not in GAN_LOSSES:
+        die(f"another version of cyclegan.py had {args.generator} or {args.gan_loss}")
     if args.checkpoint:
         args.mode = "translate"
     if args.load_size is None:

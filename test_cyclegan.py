@@ -1348,7 +1348,7 @@ DIFFS = '''
 fork spectral_norm: spectral norm in the discriminators (Miyato et al. 2018)
 --- a/cyclegan.py
 +++ b/cyclegan.py
-@@ -376,2 +376,5 @@
+@@ -378,2 +378,5 @@
              nn.Conv2d(8 * n, 1, 4, stride=1, padding=1))        # (N,   1, H/8-2, W/8-2)
 +        for layer in self:
 +            if isinstance(layer, nn.Conv2d):
@@ -1362,7 +1362,7 @@ fork hinge_r1: hinge loss, with an R1 penalty: --gan_loss hinge --r1_every 16
      add("lambda_identity", 0.5, "identity, relative to lambda_cycle (default: 0.5)")
 +    add("r1_every", 16, "steps between penalties of D's gradient (default: 16)")
      add("pool_size", 50, "earlier fakes kept for training D; 0 is off (default: 50)", natural)
-@@ -448,4 +449,17 @@
+@@ -450,4 +451,17 @@
  
 +def hinge(scores, target):
 +    return F.relu(1 - (2 * target - 1) * scores).mean()
@@ -1381,7 +1381,7 @@ fork hinge_r1: hinge loss, with an R1 penalty: --gan_loss hinge --r1_every 16
 +GAN_LOSSES = {"lsgan": (lsgan, lsgan), "bce": (bce, bce), "focal": (focal, bce), "ghm": (ghm, bce),
 +              "hinge": (hinge, hinge_G)}
  
-@@ -515,2 +529,5 @@
+@@ -517,2 +531,5 @@
          loss, terms_D = model.discriminator_loss(real_A, real_B, fake_A, fake_B)
 +    if step % runtime.args.r1_every == 0:
 +        terms_D["R1"] = r1_penalty(model.D_A, real_A) + r1_penalty(model.D_B, real_B)
@@ -1395,11 +1395,11 @@ fork perceptual: perceptual loss of the cycle, from a frozen VGG-16
  from torch import nn
 +from torchvision import models
  from torchvision import transforms as T
-@@ -462,2 +463,3 @@
+@@ -464,2 +465,3 @@
              network.apply(init_weights)
 +        self.vgg = models.vgg16(weights="DEFAULT").features[:16].eval().requires_grad_(False)
          self.d_loss, self.g_loss = GAN_LOSSES[args.gan_loss]
-@@ -465,2 +467,9 @@
+@@ -467,2 +469,9 @@
          self.lambda_identity = args.lambda_cycle * args.lambda_identity     # the flag is relative
 +
 +    def perceptual_loss(self, x, y):
@@ -1409,7 +1409,7 @@ fork perceptual: perceptual loss of the cycle, from a frozen VGG-16
 +        x, y = (x / 2 + 0.5 - mean) / std, (y / 2 + 0.5 - mean) / std
 +        return F.mse_loss(self.vgg(x), self.vgg(y))
  
-@@ -480,3 +489,5 @@
+@@ -482,3 +491,5 @@
                   "cycle_A": self.lambda_cycle * F.l1_loss(rec_A, real_A),
 -                 "cycle_B": self.lambda_cycle * F.l1_loss(rec_B, real_B)}
 +                 "cycle_B": self.lambda_cycle * F.l1_loss(rec_B, real_B),
@@ -1424,18 +1424,18 @@ fork ema: exponential moving average of the generators, for samples and translat
  import contextlib
 +import copy
  import csv
-@@ -746,3 +747,3 @@
+@@ -748,3 +749,3 @@
      pools = {"A": ImagePool(args.pool_size), "B": ImagePool(args.pool_size)}
 -    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # for samples and for translating
 +    generators = {"G_AB": copy.deepcopy(model.G_AB), "G_BA": copy.deepcopy(model.G_BA)}
      # All that a resumed run needs. With several processes, all of them get the pools of rank 0.
-@@ -750,3 +751,4 @@
+@@ -752,3 +753,4 @@
               "optimizer_G": optimizers["G"], "optimizer_D": optimizers["D"],
 -             "scaler": runtime.scaler, "pool_A": pools["A"], "pool_B": pools["B"], "log": log}
 +             "scaler": runtime.scaler, "pool_A": pools["A"], "pool_B": pools["B"], "log": log,
 +             "average_AB": generators["G_AB"], "average_BA": generators["G_BA"]}
  
-@@ -777,2 +779,6 @@
+@@ -779,2 +781,6 @@
              terms = train_step(model, optimizers, pools, runtime, real_A, real_B, step)
 +            with torch.no_grad():
 +                for name, average in generators.items():
@@ -1446,14 +1446,14 @@ fork ema: exponential moving average of the generators, for samples and translat
 fork wandb: log and samples to Weights & Biases
 --- a/cyclegan.py
 +++ b/cyclegan.py
-@@ -768,2 +768,6 @@
+@@ -770,2 +770,6 @@
  
 +    if runtime.rank == 0:
 +        import wandb
 +        name = os.path.basename(args.out_dir)
 +        wandb.init(project="cyclegan", id=name, resume="allow", config=vars(args))
      start_time = time.time()
-@@ -790,4 +794,7 @@
+@@ -792,4 +796,7 @@
                      log.write(f"{args.out_dir}/log.csv")
 +                    wandb.log(log.rows[-1], step=step)
                  if is_last or step % args.sample_every == 0:
@@ -1470,14 +1470,14 @@ fork accumulate: gradient accumulation and clipping: --batch_size 8 --accumulate
 +    add("accumulate", 1, "equal chunks of a batch, whose gradients are added up (default: 1)")
 +    add("clip", 1.0, "largest norm of the gradient (default: 1)")
      add("lr", 2e-4, "learning rate of Adam (default: 2e-4)")
-@@ -504,5 +506,3 @@
+@@ -506,5 +508,3 @@
      model.D_B.requires_grad_(False)
 -    with runtime.autocast():
 -        loss, terms_G, fake_A, fake_B = model.generator_loss(real_A, real_B)
 -    runtime.backward(loss)
 +    terms_G, fake_A, fake_B = backward_chunks(model.generator_loss, runtime, real_A, real_B)
      runtime.step(optimizers["G"])
-@@ -513,7 +513,15 @@
+@@ -515,7 +515,15 @@
      fake_B = pools["B"].query(fake_B)
 -    with runtime.autocast():
 -        loss, terms_D = model.discriminator_loss(real_A, real_B, fake_A, fake_B)
@@ -1496,7 +1496,7 @@ fork accumulate: gradient accumulation and clipping: --batch_size 8 --accumulate
 +        fakes.append(chunk_fakes)
 +    return dict(terms), *map(torch.cat, zip(*fakes))
  
-@@ -577,2 +585,4 @@
+@@ -579,2 +587,4 @@
          self.average([p.grad for group in optimizer.param_groups for p in group["params"]])
 +        self.scaler.unscale_(optimizer)
 +        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], self.args.clip)
@@ -1509,7 +1509,7 @@ fork paired: paired data, with an L1 term as in pix2pix: --lambda_pair 100
      add("lambda_identity", 0.5, "identity, relative to lambda_cycle (default: 0.5)")
 +    add("lambda_pair", 100.0, "weight of the distance to the paired image (default: 100)")
      add("pool_size", 50, "earlier fakes kept for training D; 0 is off (default: 50)", natural)
-@@ -236,5 +237,8 @@
+@@ -238,5 +239,8 @@
              die(f"--dataA, --dataB: {path} is given twice")
 +        if [path.stem for path in self.paths_A] != [path.stem for path in self.paths_B]:
 +            die("--dataA, --dataB: the two images of a pair must have the same name")
@@ -1519,17 +1519,17 @@ fork paired: paired data, with an L1 term as in pix2pix: --lambda_pair 100
 +        # one seed for both, hence one order, one crop, one mirror
 +        return self.load_item(self.paths_A, n, "A"), self.load_item(self.paths_B, n, "A")
  
-@@ -248,4 +252,3 @@
+@@ -250,4 +254,3 @@
              except OSError as error:    # one broken file must not end a long run
 -                print(f"{error}; another image is used instead", file=sys.stderr, flush=True)
 -                k = torch.randint(len(paths), ())
 +                die(f"{error}; remove it and its pair")
              else:
-@@ -464,2 +467,3 @@
+@@ -466,2 +469,3 @@
          self.lambda_cycle = args.lambda_cycle
 +        self.lambda_pair = args.lambda_pair
          self.lambda_identity = args.lambda_cycle * args.lambda_identity     # the flag is relative
-@@ -484,2 +488,4 @@
+@@ -486,2 +490,4 @@
              terms["idt_B"] = self.lambda_identity * F.l1_loss(idt_B, real_B)
 +        terms["pair_A"] = self.lambda_pair * F.l1_loss(fake_A, real_A)
 +        terms["pair_B"] = self.lambda_pair * F.l1_loss(fake_B, real_B)
@@ -1992,6 +1992,8 @@ def test_every_command_and_program_in_the_documents_runs(tmp_path, monkeypatch):
             shutil.rmtree("runs/black2blond", ignore_errors=True)
         smaller = [words for flag, words in SMALLER.items() if flag in command]
         assert not run_command(*command, *" ".join(smaller[:1]).split()), command
+    monkeypatch.setitem(sys.modules, "matplotlib", mock.Mock())     # not a package of the tests
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", mock.Mock())
     for language, program in BLOCKS:
         if language == "python":
             exec(program.replace("1000", "2"), {"__name__": "readme"})
