@@ -1038,7 +1038,19 @@ def test_a_checkpoint_of_a_gpu_continues_without_one(data, monkeypatch):
     assert run("--resume run --max_steps 3") == 0
 
 @needs_cuda
-def test_a_run_moves_from_a_gpu_to_the_cpu_and_back(data):
+def test_cuda_tensors_are_averaged_by_nccl():
+    """A group of one process stands in for two, so that the mean is half of the sum."""
+    store = torch.distributed.HashStore()
+    torch.distributed.init_process_group("nccl", store=store, rank=0, world_size=1)
+    runtime = cyclegan.Runtime(flags("--device cuda:0"))
+    runtime.world_size = 2
+    gradient = torch.ones(3, device=runtime.device)
+    runtime.average([gradient])
+    torch.distributed.destroy_process_group()
+    assert gradient.tolist() == [0.5, 0.5, 0.5]
+
+@needs_cuda
+def test_a_run_moves_from_cuda_to_the_cpu_and_back(data):
     run(f"{TRAIN} --max_steps 2 --device cuda --workers 2")
     run("--resume run --max_steps 4 --device cpu")
     run("--resume run --max_steps 6 --device cuda --compile on")
@@ -2172,6 +2184,11 @@ def measure_gpu(folder):
         seconds_per_step(take_step, 1)
     table = profile.key_averages().table(sort_by="self_device_time_total", row_limit=10)
     Path(folder, "profile.txt").write_text(table)
+    write_output("faces.txt", f"{ROOT}/prepare_celeba.py --toy 100 --out {folder}")
+    # The column `waiting` is the share of time in which the GPU waits for data.
+    write_output("run.txt", "-m torch.distributed.run --standalone --nproc_per_node=1 "
+                 f"{ROOT}/cyclegan.py --dataA {folder}/toy/black --dataB {folder}/toy/blond "
+                 f"--out_dir {folder}/run --device cuda:0 --compile on --max_steps 500")
     write_output("bench.txt", f"{__file__} --bench --rounds 5")
     return 0
 
