@@ -12,36 +12,34 @@ Networks", ICCV 2017, arXiv:1703.10593. Comments cite its sections (§) and equa
 
 Two generators translate, one in each direction; two discriminators learn to tell real images from
 translated ones. No image comes with its translation. Cycle consistency takes the place of pairs:
-an image that is translated and translated back must come out unchanged.
+an image that is translated and translated back should come back unchanged.
 
-  real_A ──G_AB──> fake_B ──G_BA──> rec_A ≈ real_A
-                     └──> D_B: real or fake?
-  real_B ──G_BA──> fake_A ──G_AB──> rec_B ≈ real_B
-                     └──> D_A: real or fake?
+  real_A ──G_AB──> fake_B ──G_BA──> rec_A ≈ real_A      in the paper: x, G(x), F(G(x))
+                     └──> D_B: real or fake?                                └──> D_Y
+  real_B ──G_BA──> fake_A ──G_AB──> rec_B ≈ real_B      in the paper: y, F(y), G(F(y))
+                     └──> D_A: real or fake?                                └──> D_X
 
-  Here       G_AB   G_BA   D_A   D_B   real_A   real_B   fake_B   fake_A   rec_A     rec_B
-  The paper  G      F      D_X   D_Y   x        y        G(x)     F(y)     F(G(x))   G(F(y))
-
-Where to make changes: a generator is a class and a line in GENERATORS; a GAN loss, a function and a
-line in GAN_LOSSES; a term of the objective, a line in CycleGAN.generator_loss (the log follows it);
-augmentation is `preprocess`; the schedule is `lr_at`; a frozen network goes into CycleGAN.__init__;
-an average of G into `generators` in `train`; gradient accumulation into `train_step`.
+Where to make changes
+  a new generator, a new GAN loss        a class or function, and a line in GENERATORS or GAN_LOSSES
+  a new term of the objective            CycleGAN.generator_loss; the log gets a column for it
+  a frozen network, such as VGG          CycleGAN.__init__; not in CycleGAN.networks
+  gradient accumulation or penalty       train_step
+  an average of the generators           `generators` and `parts` in train; updated after train_step
+  augmentation, schedule, logging        preprocess, lr_at, write_log
 """
 import argparse
 import contextlib
 import csv
-import datetime
-import functools
 import math
 import os
 import shlex
 import shutil
 import signal
 import sys
-import threading
 import time
 import zlib
 from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -51,169 +49,143 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import nn
 from torchvision import transforms as T
+from torchvision.datasets.folder import IMG_EXTENSIONS
+from torchvision.ops import sigmoid_focal_loss
 from torchvision.transforms import functional as TF
 from torchvision.utils import save_image
 
 def die(message):
-    """Ends the program on a foreseen error: one line on stderr, exit status 2."""
-    print("cyclegan.py:", " ".join(message.split()), file=sys.stderr, flush=True)
+    """Ends the program with one line on stderr and exit status 2."""
+    print(f"cyclegan.py: {message}", file=sys.stderr)
     if dist.is_initialized():
-        os._exit(2)                     # a normal exit can wait for the other processes
+        os._exit(2)                     # a normal exit could hang, waiting for other processes
     sys.exit(2)
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
-# These belong to a single command and not to a run: checkpoints do not store them.
-NOT_STORED = {"mode", "demo", "resume", "checkpoint", "input", "output", "overwrite", "direction",
-              "native", "round_trip", "truth"}
-
 def get_args(argv=None, stored=None):
     """-> Namespace of all flags: the defaults, then those stored in a checkpoint, then argv."""
-    def bounded(value, low):
-        if not low <= value <= 10**9:
-            raise argparse.ArgumentTypeError(f"{value} is not between {low} and 10^9")
-        return value
-    def count(text):
-        return bounded(int(text), 1)
-    def natural(text):
-        return bounded(int(text), 0)
-    def number(text):
-        return bounded(float(text), 0)
-    def path(text):                     # absolute: a run can be resumed from another folder
-        if not text:
-            raise argparse.ArgumentTypeError("an empty path")
-        return os.path.abspath(os.path.expanduser(text))
-    parsers = {int: count, float: number, str: str, type(None): path}      # by type of the default
-    def add(name, default, help, kind=None, **options):
-        if isinstance(default, bool):
-            options["action"] = argparse.BooleanOptionalAction
-        elif isinstance(default, (list, dict)):     # choices; the first is the default
-            options["choices"] = list(default)
-            default = options["choices"][0]
-        else:
-            options["type"] = kind or parsers[type(default)]
-        group.add_argument(f"--{name}", default=default, help=help, **options)
-
     parser = argparse.ArgumentParser(
         usage="python cyclegan.py [flags]", description=__doc__.partition("\nTwo generators")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = die
+
+    def path(text):                             # absolute: a run can be resumed from anywhere
+        return os.path.abspath(os.path.expanduser(text))
+
+    def add(name, default, help, **options):
+        if isinstance(default, bool):
+            options["action"] = argparse.BooleanOptionalAction
+        elif isinstance(default, list):         # choices; the first is the default
+            options["choices"] = default
+            default = default[0]
+        else:
+            options["type"] = path if default is None else type(default)
+        if default is not None:
+            help += f" (default: {default})"
+        group.add_argument(f"--{name}", default=default, help=help, **options)  # the last `group`
+
     group = parser.add_argument_group("run")
-    add("mode", ["train", "translate"], "--checkpoint implies translate (default: train)")
-    add("demo", False, "draw toy faces, train on them, translate some, print the error")
+    add("mode", ["train", "translate"], "--checkpoint implies translate")
+    add("demo", False, "draw toy faces, train on them, translate others, print the error")
     add("out_dir", None, "folder of the run (default: runs/<A>2<B>)")
     add("resume", None, "folder of a run to continue; needs no other flag")
-    add("seed", 0, "of weights, data order, augmentation and image pools (default: 0)", natural)
-    add("device", "auto", "cuda, cuda:1, mps or cpu (default: a GPU if there is one)")
+    add("seed", 0, "seed for weights, order of data, augmentation and pools")
+    add("device", "auto", "cuda, cuda:1, mps or cpu; auto: a GPU if there is one")
     group = parser.add_argument_group("data")
     add("dataA", None, "folders of A images, searched recursively", nargs="+")
     add("dataB", None, "folders of B images; the sizes may differ", nargs="+")
-    add("size", 256, "side of the training images, in pixels (default: 256)")
-    add("load_size", None, "resize to this, then crop (default: 286/256 of --size)", count)
-    add("resize", ["stretch", "crop"], "crop keeps the aspect ratio (default: stretch)")
-    add("flip", True, "mirror half of the images (default: yes)")
-    add("workers", None, "loading processes (default: 0 on a CPU, up to 8 on a GPU)", natural)
+    add("size", 256, "side of the training images, in pixels")
+    add("load_size", 0, "resize to this, then crop to --size; 0: 286/256 of --size")
+    add("resize", ["stretch", "crop"], "crop: resize the shorter side, then crop")
+    add("flip", True, "mirror half of the images")
+    add("workers", 4 if torch.cuda.is_available() else 0, "processes that load images")
     group = parser.add_argument_group("networks")
-    add("generator", GENERATORS, "resnet is the paper's (default: resnet)")
-    add("blocks", None, "residual blocks (default: 9 from 256 pixels up, else 6)", natural)
-    add("ngf", 64, "channels of a generator's first layer (default: 64)")
-    add("ndf", 64, "channels of a discriminator's first layer (default: 64)")
-    add("upsample", ["deconv", "nearest"], "nearest: no checkerboards (default: deconv)")
+    add("generator", list(GENERATORS), "resnet is the paper's")
+    add("blocks", 0, "residual blocks; 0: 9 from 256 pixels up, else 6")
+    add("ngf", 64, "channels of a generator's first layer")
+    add("ndf", 64, "channels of a discriminator's first layer")
+    add("upsample", ["deconv", "nearest"], "nearest avoids checkerboard artifacts")
     group = parser.add_argument_group("objective")
-    add("gan_loss", GAN_LOSSES, "lsgan is the paper's (default: lsgan)")
-    add("lambda_cycle", 10.0, "weight of cycle consistency (default: 10)")
-    add("lambda_identity", 0.5, "identity, relative to lambda_cycle (default: 0.5)")
-    add("pool_size", 50, "earlier fakes kept for training D; 0 is off (default: 50)", natural)
+    add("gan_loss", list(GAN_LOSSES), "lsgan is the paper's")
+    add("lambda_cycle", 10.0, "weight of cycle consistency")
+    add("lambda_identity", 0.5, "weight of the identity term, relative to lambda_cycle")
+    add("pool_size", 50, "earlier fakes kept for training D; 0: no pool")
     group = parser.add_argument_group("schedule")
-    add("epochs", 100, "epochs at a constant learning rate (default: 100)", natural)
-    add("epochs_decay", 100, "epochs after these, in which it decays to 0 (default: 100)", natural)
-    add("max_steps", 10**9, "stop here, whatever the schedule (default: no limit)")
-    add("batch_size", 1, "pairs per step in each process (default: 1)")
-    add("lr", 2e-4, "learning rate of Adam (default: 2e-4)")
-    add("beta1", 0.5, "first beta of Adam (default: 0.5)")
+    add("epochs", 100, "epochs (of the larger domain) at a constant learning rate")
+    add("epochs_decay", 100, "further epochs, in which the learning rate decays to 0")
+    add("max_steps", 10**9, "stop at this step, wherever the schedule is")
+    add("batch_size", 1, "pairs per step in each process")
+    add("lr", 2e-4, "learning rate of Adam")
+    add("beta1", 0.5, "first beta of Adam")
     group = parser.add_argument_group("speed")
-    add("amp", ["auto", "off", "bf16", "fp16"], "mixed precision (auto: bf16 if native)")
-    add("compile", ["auto", "on", "off"], "torch.compile (auto: on CUDA from 2,000 steps)")
+    add("amp", ["auto", "bf16", "off"], "mixed precision; auto: bf16 if the hardware has it")
+    add("compile", torch.cuda.is_available(), "torch.compile; takes a minute at the start")
     group = parser.add_argument_group("output")
-    add("log_every", 100, "steps between rows of the log (default: 100)")
-    add("sample_every", 500, "steps between sample grids (default: 500)")
-    add("save_every", 2000, "steps between checkpoints (default: 2000)")
+    add("log_every", 100, "steps between rows of the log")
+    add("sample_every", 500, "steps between sample grids")
+    add("save_every", 2000, "steps between checkpoints")
     group = parser.add_argument_group("translate")
     add("checkpoint", None, "generators.pt, or a generator from other CycleGAN code")
     add("input", None, "images, and folders of images", nargs="+")
     add("output", None, "folder that gets the same structure and names, as PNG")
-    add("overwrite", False, "replace what an earlier translation wrote into --output")
-    add("direction", ["AtoB", "BtoA"], "which generator to use (default: AtoB)")
+    add("overwrite", False, "write into an existing --output, over older translations")
+    add("direction", ["AtoB", "BtoA"], "which generator to use")
     add("native", False, "translate at each image's own size instead of --size")
     add("round_trip", False, "also write NAME_back.png, translated there and back")
-    add("truth", None, "folder of ground truth under the same names: print the error")
+    add("truth", None, "ground truth under the same names: print the error", nargs="+")
 
-    known = vars(parser.parse_args([])).keys() - NOT_STORED
+    known = vars(parser.parse_args([])).keys()
     if stored is not None and stored.keys() != known:
-        difference = ", ".join(sorted(known ^ stored.keys()))[:100]
-        die(f"checkpoint of another version of cyclegan.py, which differs in {difference}")
+        die(f"checkpoint of another version of cyclegan.py: {known ^ stored.keys()} differ")
     parser.set_defaults(**(stored or {}))
     args = parser.parse_args(argv)
-    if args.generator not in GENERATORS or args.gan_loss not in GAN_LOSSES:
-        die(f"another version of cyclegan.py had {args.generator} or {args.gan_loss}")
-    if args.checkpoint:
-        args.mode = "translate"
-    if args.load_size is None:
-        args.load_size = args.size * 286 // 256
-    if args.blocks is None:
-        args.blocks = 9 if args.size >= 256 else 6
-    if args.demo or (args.resume and stored is None):
-        return args                     # the flags of the run are still to come
-    needed = ["dataA", "dataB"] if args.mode == "train" else ["checkpoint", "input", "output"]
-    for name in needed:
-        if not getattr(args, name):
-            die(f"--{name} is needed to {args.mode}; see --help, or try --demo")
-    if args.mode == "train" and args.load_size < args.size:
-        die(f"--load_size {args.load_size} is smaller than --size {args.size}")
-    if args.beta1 >= 1 or args.epochs + args.epochs_decay == 0:
-        die("--beta1 must be below 1, and --epochs or --epochs_decay above 0")
+    for name, value in vars(args).items():
+        low = 0
+        if name in ("ngf", "ndf", "batch_size", "log_every", "sample_every", "save_every"):
+            low = 1
+        if isinstance(value, (int, float)) and not value >= low:        # catches nan, too
+            die(f"--{name} {value} must be a number from {low}")
+    args.load_size = args.load_size or args.size * 286 // 256
+    args.blocks = args.blocks or (9 if args.size >= 256 else 6)
     return args
 
 # ---- 2. Data -------------------------------------------------------------------------------------
 # Two folders and no pairs: a step gets one image of A and an unrelated one of B. Images stay uint8
 # until they are on the device, where they become floats in [-1, 1], the range of the tanh of G.
-EXTENSIONS = set(".jpg .jpeg .png .webp .bmp .gif .tif .tiff .ppm .pgm .avif".split())
-STOP_SIGNALS = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}
-
-def find_images(top):
-    """-> sorted paths of all images under a folder, without hidden ones, or the file itself."""
-    if os.path.isfile(top):
-        return [Path(top)]
-    paths = []
-    for folder, subfolders, names in os.walk(top, onerror=print):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        paths += [Path(folder, name) for name in names if not name.startswith(".")]
-    images = sorted(path for path in paths if path.suffix.lower() in EXTENSIONS)
-    if not images:
-        die(f"no images in {top}; is it the right place?")
-    if len(images) < len(paths):
-        print(f"{top}: skipped {len(paths) - len(images)} files of other types")
+def find_images(tops):
+    """Images and folders -> {path: name}. A name is the path below the folder, without suffix."""
+    images = {}
+    for top in map(Path, tops):
+        if top.is_file():
+            images[top] = top.stem
+            continue
+        files = [path.relative_to(top) for path in sorted(top.rglob("*")) if path.is_file()]
+        files = [path for path in files if "/." not in f"/{path.as_posix()}"]       # not hidden
+        found = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
+        if not found:
+            die(f"no images in {top}; is it the right place?")
+        if len(found) < len(files):
+            print(f"{top}: skipped {len(files) - len(found)} files of other types")
+        images |= {top / path: path.with_suffix("") for path in found}
     return images
 
-def read_image(path, min_side=None):
-    """-> PIL RGB, EXIF-rotated, composited on white. Raises OSError if the file is unreadable."""
+def read_image(path):
+    """-> PIL RGB, EXIF-rotated; None, after a message, if the file is unreadable."""
     try:
-        with Image.open(path) as image:
-            if min_side:                # a JPEG can be decoded at 1/2, 1/4 or 1/8 of its size
-                image.draft(None, (min_side, min_side))
-            image = ImageOps.exif_transpose(image)
+        image = ImageOps.exif_transpose(Image.open(path))
+        if image.mode.startswith(("I", "F")):       # 16 bits or more: of unknown range
+            raise ValueError("convert it to 8 bits per channel")
+        return image.convert("RGB")
     except Exception as error:          # decoders raise anything on broken files
-        raise OSError(f"cannot read {path}: {error}") from None
-    if image.mode.startswith(("I", "F")):       # the white level is not known
-        raise OSError(f"cannot read {path}: it has more than 8 bits per channel; convert it to 8")
-    if image.has_transparency_data:
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image.convert("RGBA"))
-    return image.convert("RGB")
+        print(f"skipped {path}: {error}", file=sys.stderr)
+        return None
 
 def preprocess(image, args, augment=False):
     """PIL RGB of any size -> (3, size, size) uint8. Augmentation crops and mirrors at random."""
+    if args.native and not augment:
+        return TF.pil_to_tensor(image)
     side = args.load_size if augment else args.size
-    new_size = side if args.resize == "crop" else (side, side)      # a number: the shorter side
+    new_size = side if args.resize == "crop" else (side, side)      # an int: the shorter side
     image = TF.resize(image, new_size, T.InterpolationMode.BICUBIC)
     if augment:
         image = T.RandomCrop(args.size)(image)
@@ -226,62 +198,56 @@ def seed_torch(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 class UnpairedImages(torch.utils.data.Dataset):
-    """Item n of an endless stream: an image of A and one of B, (3, size, size) uint8. Every lap
-    through a domain has a new order. An item is a pure function of (seed, n), so a resumed run sees
-    the same images, whatever the number of workers."""
+    """Item n of an endless stream: an image of A and one of B, (3, size, size) uint8. Items are
+    pure functions of (seed, n): a resumed run sees the same images, with any number of workers."""
     def __init__(self, args):
+        if None in (args.dataA, args.dataB):
+            die("training needs --dataA and --dataB; see --help, or try --demo")
+        if set(args.dataA) & set(args.dataB):
+            die("the same folder is in --dataA and in --dataB")
         self.args = args
-        self.paths_A = [path for folder in args.dataA for path in find_images(folder)]
-        self.paths_B = [path for folder in args.dataB for path in find_images(folder)]
-        path, n_times = Counter(self.paths_A + self.paths_B).most_common(1)[0]
-        if n_times > 1:
-            die(f"--dataA, --dataB: {path} is given twice")
+        self.paths_A, self.paths_B = list(find_images(args.dataA)), list(find_images(args.dataB))
 
     def __getitem__(self, n):
         return self.load_item(self.paths_A, n, "A"), self.load_item(self.paths_B, n, "B")
 
     def load_item(self, paths, n, domain):
-        lap, i = divmod(n, len(paths))
-        k = np.random.default_rng((self.args.seed, lap, ord(domain))).permutation(len(paths))[i]
+        lap, i = divmod(n, len(paths))          # a lap shows each image of the domain once
+        rng = np.random.default_rng((self.args.seed, lap, ord(domain)))
+        order = rng.permutation(len(paths))
         seed_torch(self.args.seed, n, domain)
-        for _ in range(100):
-            try:
-                image = read_image(paths[k], self.args.load_size)
-            except OSError as error:    # one broken file must not end a long run
-                print(f"{error}; another image is used instead", file=sys.stderr, flush=True)
-                k = torch.randint(len(paths), ())
-            else:
+        for k in np.roll(order, -i)[:100]:      # image i, or the next one that can be read
+            image = read_image(paths[k])
+            if image is not None:
                 return preprocess(image, self.args, augment=True)
-        die(f"{paths[k].parent}: gave up after 100 unreadable images")
+        die(f"too many unreadable images near {paths[k]}")
 
 def ignore_signals(_):
     """For loader processes: the main process decides when to stop and needs data until then."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def load_batches(data, steps, runtime):
     """Yields real_A, real_B for a range of steps: (N, 3, size, size) in [-1, 1], on the device."""
     args = data.args
-    num_workers = args.workers
-    if num_workers is None:
-        num_workers = min(8, os.cpu_count()) if runtime.is_cuda else 0
     pairs_per_step = args.batch_size * runtime.world_size
+    # Steps are numbered from 1, pairs from 0.
     pairs = range((steps.start - 1) * pairs_per_step, (steps.stop - 1) * pairs_per_step)
     loader = torch.utils.data.DataLoader(
         data, args.batch_size, sampler=pairs[runtime.rank::runtime.world_size],
-        num_workers=num_workers, worker_init_fn=ignore_signals, pin_memory=runtime.is_cuda)
+        num_workers=args.workers, worker_init_fn=ignore_signals, pin_memory=runtime.is_cuda)
     for real_A, real_B in loader:
         yield runtime.to_float(real_A), runtime.to_float(real_B)
 
 # ---- 3. Generators -------------------------------------------------------------------------------
 # Image in, image out: (N, 3, H, W) in [-1, 1], fully convolutional. Three choices of the paper:
-# reflection padding, because a border of zeros would show; instance norm, because contrast belongs
-# to an image and not to a batch; tanh, whose range is that of the images.
+# reflection padding at full size and in the blocks, because a border of zeros would show; instance
+# norm, because contrast belongs to an image and not to a batch; tanh, for the range of the images.
 class InstanceNorm(nn.Module):
-    """Each channel of an image to mean 0, variance 1: (N, C, H, W) -> same. Not nn.InstanceNorm2d,
-    whose CPU gradients are wrong for a single image in channels_last (torch 2.15)."""
+    """Each channel of an image to mean 0, variance 1: (N, C, H, W) -> same. nn.InstanceNorm2d has
+    wrong gradients on a CPU for one image in channels_last format, which a fork may use."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # on CUDA it would give float32
+        with torch.autocast(x.device.type, enabled=False):      # autocast would return float32
             return F.group_norm(x, num_groups=x.shape[1])
 
 def upsample(n_in, n_out, args, kernel_size=3):
@@ -290,53 +256,47 @@ def upsample(n_in, n_out, args, kernel_size=3):
     if args.upsample == "nearest":
         return nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(n_in, n_out, 3, padding=1))
     output_padding = kernel_size % 2    # so that the size doubles exactly
-    return nn.ConvTranspose2d(n_in, n_out, kernel_size, 2, padding=1, output_padding=output_padding)
+    return nn.ConvTranspose2d(n_in, n_out, kernel_size, 2, 1, output_padding)
 
-class ResidualBlock(nn.Module):
-    """x + f(x), (N, n, H, W) -> same: the identity, most of the task, need not be learned."""
+class Sequential(nn.Sequential):
+    """With a forward of its own: torch.compile 2.11 does not compile one that is inherited."""
+    def forward(self, x):
+        return super().forward(x)
+
+class ResidualBlock(nn.Sequential):
+    """x + f(x), (N, n, H, W) -> same: a block only has to learn a change."""
     def __init__(self, n):
-        super().__init__()
-        self.conv1 = nn.Conv2d(n, n, 3, padding=1, padding_mode="reflect")
-        self.conv2 = nn.Conv2d(n, n, 3, padding=1, padding_mode="reflect")
-        self.norm = InstanceNorm()
+        super().__init__(
+            nn.Conv2d(n, n, 3, padding=1, padding_mode="reflect"), InstanceNorm(), nn.ReLU(),
+            nn.Conv2d(n, n, 3, padding=1, padding_mode="reflect"), InstanceNorm())
 
     def forward(self, x):
-        y = self.norm(self.conv1(x)).relu()
-        return x + self.norm(self.conv2(y))
+        return x + super().forward(x)
 
-class ResNetGenerator(nn.Module):
+class ResNetGenerator(Sequential):
     """The paper's generator (§7.2): 11,378,179 parameters with 9 blocks, 7,837,699 with 6."""
-    size_multiple = 4                               # what H and W must be divisible by
+    size_multiple = 4                           # what H and W must be divisible by
 
     def __init__(self, args):
-        super().__init__()
         n = args.ngf
-        self.stem = nn.Conv2d(3, n, 7, padding=3, padding_mode="reflect")
-        self.down1 = nn.Conv2d(n, 2 * n, 3, stride=2, padding=1)
-        self.down2 = nn.Conv2d(2 * n, 4 * n, 3, stride=2, padding=1)
-        self.blocks = nn.Sequential(*[ResidualBlock(4 * n) for _ in range(args.blocks)])
-        self.up1 = upsample(4 * n, 2 * n, args)
-        self.up2 = upsample(2 * n, n, args)
-        self.head = nn.Conv2d(n, 3, 7, padding=3, padding_mode="reflect")
-        self.norm = InstanceNorm()
-
-    def forward(self, x):                           # (N,   3, H,   W)
-        x = self.norm(self.stem(x)).relu()          # (N,  64, H,   W)
-        x = self.norm(self.down1(x)).relu()         # (N, 128, H/2, W/2)
-        x = self.norm(self.down2(x)).relu()         # (N, 256, H/4, W/4)
-        x = self.blocks(x)                          # (N, 256, H/4, W/4)
-        x = self.norm(self.up1(x)).relu()           # (N, 128, H/2, W/2)
-        x = self.norm(self.up2(x)).relu()           # (N,  64, H,   W)
-        return self.head(x).tanh()                  # (N,   3, H,   W)
+        norm_relu = [InstanceNorm(), nn.ReLU()]         # no weights: all layers can share them
+        super().__init__(                                                       # (N,   3, H,   W)
+            nn.Conv2d(3, n, 7, padding=3, padding_mode="reflect"), *norm_relu,  # (N,  64, H,   W)
+            nn.Conv2d(n, 2 * n, 3, stride=2, padding=1), *norm_relu,            # (N, 128, H/2, W/2)
+            nn.Conv2d(2 * n, 4 * n, 3, stride=2, padding=1), *norm_relu,        # (N, 256, H/4, W/4)
+            *[ResidualBlock(4 * n) for _ in range(args.blocks)],                # (N, 256, H/4, W/4)
+            upsample(4 * n, 2 * n, args), *norm_relu,                           # (N, 128, H/2, W/2)
+            upsample(2 * n, n, args), *norm_relu,                               # (N,  64, H,   W)
+            nn.Conv2d(n, 3, 7, padding=3, padding_mode="reflect"), nn.Tanh())   # (N,   3, H,   W)
 
 class UNetGenerator(nn.Module):
     """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. Its levels are nested: each halves
-    the resolution, calls the level inside, doubles it again and concatenates that to its input."""
-    size_multiple = 32                              # required of --size; each network: 2**levels
+    the resolution, runs the level inside, doubles it and, except the first, appends its input."""
+    size_multiple = 32                              # for --size; a network needs 2**levels
 
     def __init__(self, args, level=1, n_in=3):
         super().__init__()
-        levels = max(k for k in range(9) if args.size % 2**k == 0)
+        levels = max(k for k in range(9) if args.size % 2**k == 0)      # 256 -> 8, 96 -> 5
         n = args.ngf * min(2 ** (level - 1), 8)
         self.size_multiple = 2**levels
         self.is_outermost = level == 1
@@ -351,7 +311,7 @@ class UNetGenerator(nn.Module):
             y = self.inside(self.down(x))           # (N, 2n,   H/2, W/2)
             return self.up(y.relu()).tanh()         # (N, 3,    H,   W)
         y = self.down(F.leaky_relu(x, 0.2))         # (N, n,    H/2, W/2)
-        if self.inside is not None:                 # innermost, a norm could turn 1x1 into 0
+        if self.inside is not None:                 # no norm innermost, where 1x1 would become 0
             y = self.inside(self.norm(y))           # (N, 2n,   H/2, W/2)
         y = self.norm(self.up(y.relu()))            # (N, n_in, H,   W)
         return torch.cat([x, y], dim=1)             # (N, 2n_in, H,  W)
@@ -360,35 +320,29 @@ GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 
 # ---- 4. Discriminator ----------------------------------------------------------------------------
 # A score for each 70x70 patch instead of one for the image (§4): texture and color can be judged
-# locally, and the cycle preserves the layout. Seen from the output, the receptive field of a score
-# grows by side = (side - 1) * stride + 4 per layer: 1, 4, 7, 16, 34, 70.
-class PatchDiscriminator(nn.Sequential):
+# locally, and the cycle preserves the layout. Receptive field of a score, from the last layer back:
+# side -> (side - 1) * stride + 4, that is 1, 4, 7, 16, 34, 70.
+class PatchDiscriminator(Sequential):
     """The 70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores; a sigmoid is up to the loss."""
     def __init__(self, args):
         n = args.ndf
-        super().__init__(                                       # (N,   3, H,     W)
-            nn.Conv2d(3, n, 4, stride=2, padding=1),            # (N,  64, H/2,   W/2)
-            nn.LeakyReLU(0.2),
-            nn.Conv2d(n, 2 * n, 4, stride=2, padding=1),        # (N, 128, H/4,   W/4)
-            InstanceNorm(), nn.LeakyReLU(0.2),
-            nn.Conv2d(2 * n, 4 * n, 4, stride=2, padding=1),    # (N, 256, H/8,   W/8)
-            InstanceNorm(), nn.LeakyReLU(0.2),
-            nn.Conv2d(4 * n, 8 * n, 4, stride=1, padding=1),    # (N, 512, H/8-1, W/8-1)
-            InstanceNorm(), nn.LeakyReLU(0.2),
-            nn.Conv2d(8 * n, 1, 4, stride=1, padding=1))        # (N,   1, H/8-2, W/8-2)
-
-    def forward(self, x):
-        return super().forward(x)       # torch 2.11 compiles only what has a forward of its own
+        norm_relu = [InstanceNorm(), nn.LeakyReLU(0.2)]
+        super().__init__(                                               # (N,   3, H,     W)
+            nn.Conv2d(3, n, 4, stride=2, padding=1), nn.LeakyReLU(0.2), # (N,  64, H/2,   W/2)
+            nn.Conv2d(n, 2 * n, 4, stride=2, padding=1), *norm_relu,    # (N, 128, H/4,   W/4)
+            nn.Conv2d(2 * n, 4 * n, 4, stride=2, padding=1), *norm_relu, # (N, 256, H/8,   W/8)
+            nn.Conv2d(4 * n, 8 * n, 4, stride=1, padding=1), *norm_relu, # (N, 512, H/8-1, W/8-1)
+            nn.Conv2d(8 * n, 1, 4, stride=1, padding=1))                # (N,   1, H/8-2, W/8-2)
 
 def init_weights(module):
     """N(0, 0.02) for the kernel of a convolution (§7.1), 0 for its bias."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        for parameter in module.parameters():       # .weight is computed if a fork normalizes it
+        for parameter in module.parameters():       # not only .weight, which spectral_norm replaces
             nn.init.normal_(parameter, 0.0, 0.02 if parameter.ndim == 4 else 0.0)
 
 # ---- 5. Image pool -------------------------------------------------------------------------------
-# A discriminator that sees only the newest fakes forgets old ones, so the generators can bring them
-# back: training oscillates. So half of the fakes it sees are older (§4, Shrivastava et al. 2017).
+# A discriminator that sees only the newest fakes forgets old ones; the generators bring them back,
+# and training oscillates. Hence half of the fakes it sees are older (§4, Shrivastava et al. 2017).
 class ImagePool:
     """Up to `size` earlier fakes of one domain; size 0 is off."""
     def __init__(self, size):
@@ -403,49 +357,45 @@ class ImagePool:
                 self.images.append(fake.clone())
             elif self.size > 0 and torch.rand(()) < 0.5:
                 k = int(torch.randint(self.size, ()))
-                stored = self.images[k].to(fake)    # a loaded pool is on the CPU
-                self.images[k] = fake.clone()
-                fake = stored
+                fake, self.images[k] = self.images[k].to(fake), fake.clone()
             result.append(fake)
         return torch.stack(result)
 
     def state_dict(self):
-        return {"images": [image.cpu() for image in self.images]}
+        return {"images": self.images}
 
     def load_state_dict(self, state):
-        self.images = state["images"][:self.size]
+        self.images = state["images"]
 
 # ---- 6. Objective --------------------------------------------------------------------------------
 # Three terms for the generators. Adversarial (Eq. 1): the output looks like the other domain, but
 # alone it would allow one such image for all inputs (collapse). Cycle (Eq. 2): translating back
 # recovers the input, but alone it would allow any reversible change, such as inverted colors.
-# Identity (§5.2): G_AB leaves a real B as it is, which keeps colors; with too much of it, copying
-# the input becomes the best answer.
-#   Healthy lsgan runs have D_A and D_B between 0.1 and 0.25 (0.25 is guessing), adv between 0.3 and
-# 0.6, D(real) and D(fake) apart but near 0.5; cycle and idt, logged with their weights, fall for
-# many epochs. D_A, D_B near 0 and adv near 1: D has won, or G copies its input (see the samples).
+# Identity (§5.2): G_AB leaves a real B as it is, which keeps colors; a large weight teaches G_AB to
+# copy any input. The paper uses it for paintings only, its official code always.
+#   Healthy lsgan runs log D_A and D_B between 0.1 and 0.25 (0.25 is guessing), adv_AB and adv_BA
+# between 0.3 and 0.6; the cycle and identity terms, logged with their weights, fall for many
+# epochs. D_A, D_B near 0 and adv_AB, adv_BA near 1: D has won, or G copies its input.
 def lsgan(scores, target):
     """Least squares (§4, Mao et al. 2017): even a fake that fools D is pulled to the target."""
     return F.mse_loss(scores, torch.full_like(scores, target))
 
-def bce(scores, target, reduction="mean"):
+def bce(scores, target):
     """Cross-entropy on logits: Eq. 1, with the non-saturating loss for G."""
-    targets = torch.full_like(scores, target)
-    return F.binary_cross_entropy_with_logits(scores, targets, reduction=reduction)
+    return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, target))
 
-def focal(scores, target, gamma=2.0):
-    """Lin et al. 2017, Eq. 4: cross-entropy times (1 - p)^gamma, so easy patches count less."""
-    entropy = bce(scores, target, reduction="none")
-    p = (-entropy).exp()                # the probability that D gives to the right answer
-    return ((1 - p) ** gamma * entropy).mean()
+def focal(scores, target):
+    """Lin et al. 2017, Eq. 4: cross-entropy weighted by (1 - p)^2, so easy patches count less."""
+    return sigmoid_focal_loss(scores, torch.full_like(scores, target), alpha=-1, reduction="mean")
 
 def ghm(scores, target, n_bins=10):
-    """GHM-C, Li et al. 2019, Eq. 7: mean cross-entropy per bin of equal gradient |p - target|, then
-    mean over the bins, so neither the many easy patches nor a few outliers dominate."""
-    entropy = bce(scores, target, reduction="none").flatten()
+    """GHM-C, Li et al. 2019, Eq. 7: cross-entropy averaged within bins of similar gradient
+    |p - target|, then over the bins, so neither many easy patches nor a few outliers dominate."""
+    targets = torch.full_like(scores, target)
+    entropy = F.binary_cross_entropy_with_logits(scores, targets, reduction="none").flatten()
     gradient = (scores.detach().sigmoid() - target).abs().flatten()
     bins = (gradient * n_bins).long().clamp(max=n_bins - 1)
-    n_in_bin = F.one_hot(bins, n_bins).sum(dim=0)
+    n_in_bin = bins.bincount(minlength=n_bins)
     return (entropy / n_in_bin[bins]).sum() / (n_in_bin > 0).sum()
 
 # name: (loss of D, loss of G). Focal and GHM-C are for D; their G gets plain cross-entropy.
@@ -456,15 +406,20 @@ class CycleGAN(nn.Module):
     def __init__(self, args):
         super().__init__()
         Generator = GENERATORS[args.generator]
-        if args.size < 32 or args.size % Generator.size_multiple:
-            die(f"--size {args.size} must be a multiple of {Generator.size_multiple}, at least 32")
+        if args.size % Generator.size_multiple or not 32 <= args.size <= args.load_size:
+            die(f"--size must be a multiple of {Generator.size_multiple} from 32 to --load_size")
         self.G_AB, self.G_BA = Generator(args), Generator(args)
         self.D_A, self.D_B = PatchDiscriminator(args), PatchDiscriminator(args)
-        for network in (self.G_AB, self.G_BA, self.D_A, self.D_B):
+        for network in self.networks().values():
             network.apply(init_weights)
+            if args.compile:
+                network.compile(dynamic=False)          # a graph per shape
         self.d_loss, self.g_loss = GAN_LOSSES[args.gan_loss]
         self.lambda_cycle = args.lambda_cycle
-        self.lambda_identity = args.lambda_cycle * args.lambda_identity     # the flag is relative
+        self.lambda_identity = args.lambda_cycle * args.lambda_identity     # relative to the cycle
+
+    def networks(self):     # those that are initialized, compiled and saved
+        return {"G_AB": self.G_AB, "G_BA": self.G_BA, "D_A": self.D_A, "D_B": self.D_B}
 
     def generator_loss(self, real_A, real_B):
         """Eq. 3 plus the identity term. Images: (N, 3, H, W) in [-1, 1].
@@ -488,26 +443,23 @@ class CycleGAN(nn.Module):
 
     def discriminator_loss(self, real_A, real_B, fake_A, fake_B):
         """Real images should score 1, fakes 0. Halved to slow D down (§7.1), though Adam is nearly
-        invariant to the scale of a loss. -> loss, terms: both losses, and mean scores to log."""
+        invariant to the scale of a loss. -> loss, terms (name: scalar)."""
         score_real_A, score_fake_A = self.D_A(torch.cat([real_A, fake_A])).chunk(2)
         score_real_B, score_fake_B = self.D_B(torch.cat([real_B, fake_B])).chunk(2)
         loss_A = 0.5 * (self.d_loss(score_real_A, 1.0) + self.d_loss(score_fake_A, 0.0))
         loss_B = 0.5 * (self.d_loss(score_real_B, 1.0) + self.d_loss(score_fake_B, 0.0))
-        terms = {"D_A": loss_A, "D_B": loss_B,
-                 "D(real)": torch.cat([score_real_A, score_real_B]).mean(),
-                 "D(fake)": torch.cat([score_fake_A, score_fake_B]).mean()}
-        return loss_A + loss_B, terms
+        return loss_A + loss_B, {"D_A": loss_A, "D_B": loss_B}
 
 # ---- 7. One step ---------------------------------------------------------------------------------
 def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
     """Updates the generators, then the discriminators. Images (N, 3, H, W) in [-1, 1] -> terms."""
-    seed_torch(runtime.args.seed, step, runtime.rank)   # a resumed run draws the same numbers
+    seed_torch(runtime.args.seed, step, runtime.rank)   # as before, if a run is resumed
     model.D_A.requires_grad_(False)     # G's gradient passes through D, but D's own is not needed
     model.D_B.requires_grad_(False)
     with runtime.autocast():
         loss, terms_G, fake_A, fake_B = model.generator_loss(real_A, real_B)
-    runtime.backward(loss)
-    runtime.step(optimizers["G"])
+    loss.backward()
+    runtime.step(optimizers["G"])       # averages over processes, updates, zeroes the gradients
 
     model.D_A.requires_grad_(True)
     model.D_B.requires_grad_(True)
@@ -515,196 +467,125 @@ def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
     fake_B = pools["B"].query(fake_B)
     with runtime.autocast():
         loss, terms_D = model.discriminator_loss(real_A, real_B, fake_A, fake_B)
-    runtime.backward(loss)
+    loss.backward()
     runtime.step(optimizers["D"])
     return {name: term.detach() for name, term in (terms_G | terms_D).items()}
 
 # ---- 8. Runtime ----------------------------------------------------------------------------------
 # Skip on first reading: device, precision and processes. Nothing here changes the mathematics.
 class Runtime:
-    """Where a step runs. torchrun starts `world_size` processes, each with a `rank` of its own."""
+    """Where a step runs. torchrun starts `world_size` processes, each with a `rank` of its own.
+    Gradients are averaged by hand: DistributedDataParallel expects one forward per backward."""
     def __init__(self, args):
         self.args = args
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         name = args.device
         if name == "auto":
-            name = "cpu"
-            if torch.accelerator.is_available():
-                name = torch.accelerator.current_accelerator().type
+            has_gpu = torch.accelerator.is_available()
+            name = torch.accelerator.current_accelerator().type if has_gpu else "cpu"
         if name == "cuda":
             name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
             self.device = torch.device(name)
             torch.zeros(1, device=self.device).item()
-        except Exception as error:      # each kind of device raises its own
-            die(f"--device {name} is not available ({str(error)[:80]}); try --device cpu")
+        except Exception:               # each kind of device raises its own
+            die(f"--device {name} is not available; try --device cpu")
         self.is_cuda = self.device.type == "cuda"
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
-        self.precision = self.best_precision() if args.amp == "auto" else args.amp
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.precision == "fp16")
-
-    def best_precision(self):
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()      # bool() is False
         if self.is_cuda:                # a T4 emulates bf16, slowly
-            return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        if self.device.type == "cpu" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):
-            return "bf16" if torch.cpu._is_avx512_bf16_supported() else "off"
-        return "off"
-
-    def autocast(self):
-        dtype = torch.float16 if self.precision == "fp16" else torch.bfloat16
-        return torch.autocast(self.device.type, dtype, enabled=self.precision != "off")
-
-    def compile(self, model, n_steps):
-        """Compiles the networks; --compile auto does so if it pays, and carries on if it cannot."""
-        is_auto = self.args.compile == "auto"
-        if self.args.compile == "on" or (is_auto and self.is_cuda and n_steps >= 2000):
-            torch._dynamo.config.suppress_errors = is_auto
-            for network in (model.G_AB, model.G_BA, model.D_A, model.D_B):
-                network.compile(dynamic=False)
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        use_bf16 = args.amp == "bf16" or (args.amp == "auto" and has_bf16)
+        self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=use_bf16)
 
     def to_float(self, images):
         """uint8 -> float in [-1, 1], on the device."""
         return images.to(self.device, non_blocking=True).float() / 127.5 - 1
 
-    def backward(self, loss):
-        self.scaler.scale(loss).backward()      # scaled in fp16 only
-
     def step(self, optimizer):
-        """Updates parameters by their gradients, averaged over processes; frees the gradients."""
-        self.average([p.grad for group in optimizer.param_groups for p in group["params"]])
-        self.scaler.step(optimizer)     # after averaging: an overflow is skipped everywhere
-        self.scaler.update()
+        """Averages gradients over processes, updates the parameters, frees the gradients."""
+        self.average_([p.grad for group in optimizer.param_groups for p in group["params"]])
+        optimizer.step()
         optimizer.zero_grad()
 
-    def average(self, tensors):
+    def average_(self, tensors):
         """Replaces tensors by their means over all processes, in one all-reduce."""
-        if self.world_size == 1:
-            return
-        flat = nn.utils.parameters_to_vector(tensors)       # good for gradients, too
-        try:
+        if self.world_size > 1:
+            flat = nn.utils.parameters_to_vector(tensors)       # not only for parameters
             dist.all_reduce(flat)
-        except RuntimeError as error:
-            die(f"lost the other processes ({error}); --resume continues from the last checkpoint")
-        nn.utils.vector_to_parameters(flat / self.world_size, tensors)
+            nn.utils.vector_to_parameters(flat / self.world_size, tensors)
 
     def mean(self, numbers):
         """-> the mean of each number over all processes."""
         tensor = torch.tensor(numbers, dtype=torch.float64)
-        self.average([tensor])
+        self.average_([tensor])
         return tensor.tolist()
 
-    def check_same(self, numbers, what):
-        """Exits if processes have different numbers: they would not stay in step."""
-        if self.mean(numbers) != numbers:
-            die(f"this process found {numbers} {what}, others found more or fewer")
-
-    def print(self, text):
-        if self.rank == 0:
-            print(text, flush=True)
-
 # ---- 9. Outputs ----------------------------------------------------------------------------------
-N_SAMPLES = 6           # images per row of the sample grids
-save_png = functools.partial(
-    save_image, format="png", nrow=N_SAMPLES, normalize=True, value_range=(-1, 1))
-
 def write_file(path, write, content):
-    """write(content, file) gets a temporary file: a crash or a full disk leaves the old one."""
+    """Writes a temporary file, then renames it: a crash or a full disk leaves the old file."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.part", "wb") as file:
             write(content, file)
-            file.flush()
-            os.fsync(file.fileno())
         os.replace(f"{path}.part", path)
     except (OSError, RuntimeError) as error:       # torch.save raises the latter
-        with contextlib.suppress(OSError):
-            os.remove(f"{path}.part")
-        die(f"cannot write {path} ({error}); is the disk full? An existing file is unchanged")
+        die(f"cannot write {path} ({error}); is the disk full?")
 
-def progress(text, start_time, done, total):
-    """A live line with the time left: on a terminal, from the fifth of `total` steps on."""
+# (N, 3, H, W) in [-1, 1]; six images per row.
+write_png = partial(save_image, format="png", nrow=6, normalize=True, value_range=(-1, 1))
+
+def progress(start_time, done, total):
+    """On a terminal, and after five steps, shows a live line with the time left."""
     if done >= 5 and sys.stdout.isatty():
-        seconds = int((time.time() - start_time) / done * (total - done))
-        print(f"{text}, {datetime.timedelta(seconds=seconds)} left\033[K", end="\r", flush=True)
+        hours = (time.time() - start_time) / done * (total - done) / 3600
+        print(f"{done}/{total}, {hours:.2f} hours left", end="\033[K\r", flush=True)
 
 @torch.no_grad()
-def save_samples(args, step, generators, runtime, real_A, real_B):
-    """Writes a grid, a column per image. Rows: real A, fake B, rec A, real B, fake A, rec B. Rows 2
-    and 5 are the translations; rows 3 and 6, translated back, should equal rows 1 and 4."""
-    G_AB = generators["G_AB"].forward           # not compiled: this batch has another size
-    G_BA = generators["G_BA"].forward
+def save_samples(step, generators, runtime, data):
+    """Writes a grid of six items. Rows: real A, fake B, rec A, real B, fake A, rec B. Rows 2 and 5
+    are the translations; rows 3 and 6, translated back, should equal rows 1 and 4."""
+    batch = torch.utils.data.default_collate([data[n] for n in range(6)])
+    real_A, real_B = [runtime.to_float(images) for images in batch]
+    G_AB, G_BA = [G.forward for G in generators.values()]       # not compiled for this batch size
     with runtime.autocast():
-        real_A, real_B = runtime.to_float(real_A), runtime.to_float(real_B)
         fake_B, fake_A = G_AB(real_A), G_BA(real_B)
-        rows = [real_A, fake_B, G_BA(fake_B), real_B, fake_A, G_AB(fake_A)]
-    write_file(f"{args.out_dir}/samples/step_{step:07}.png", save_png, torch.cat(rows).float())
+        grid = [real_A, fake_B, G_BA(fake_B), real_B, fake_A, G_AB(fake_A)]
+    write_file(f"{data.args.out_dir}/samples/step_{step:07}.png", write_png, torch.cat(grid))
 
-class Log:
-    """The rows of log.csv: the mean of each term over the steps since the row before."""
-    def __init__(self):
-        self.rows = []                  # all of them: checkpoints contain the log
-        self.n_printed = 0
-        self.start_row()
+def mean_terms(sums, start_time, runtime, images_per_step):
+    """Sums of terms over steps -> their means over steps and processes, and images per second."""
+    n_steps = sums.pop("steps")
+    means = runtime.mean([float(total) / n_steps for total in sums.values()])
+    speed = images_per_step * n_steps / (time.time() - start_time)
+    return dict(zip(sums, means)) | {"img/s": speed}
 
-    def start_row(self):
-        self.sums, self.n_steps = Counter(), 0
-        self.start_time, self.data_time = time.time(), 0.0
+def write_log(path, rows):
+    """Writes log.csv and prints the last row. If the file is locked, it is written later."""
+    names = dict.fromkeys(name for row in rows for name in row)     # --resume may add columns
+    table = [names] + [[row.get(name) for name in names] for row in rows]
+    try:
+        with open(path, "w", newline="") as file:
+            csv.writer(file).writerows(table)
+    except OSError as error:
+        print(f"cannot write {path} ({error.strerror}); trying again with the next row")
+    if len(rows) % 20 == 1:
+        print(*[f"{name:>7}" for name in rows[-1]])
+    step, *values = rows[-1].values()
+    print(f"{step:7}", *[f"{value:7.3g}" for value in values], flush=True)
 
-    def add(self, terms, data_time):
-        """Adds the terms of a step, without waiting for the device, and its wait for data (s)."""
-        self.sums.update(terms)         # a Counter adds
-        self.n_steps += 1
-        self.data_time += data_time
-
-    def end_row(self, step, epoch, lr, images_per_step, runtime):
-        """Ends a row with this step: means over its steps and over all processes."""
-        means = runtime.mean([float(total) / self.n_steps for total in self.sums.values()])
-        if not np.isfinite(means).all():
-            die(f"step {step}: {[*self.sums]} = {means}; --resume with a lower --lr or --amp off")
-        seconds = time.time() - self.start_time
-        self.rows.append({
-            "step": step, "epoch": epoch, "lr": lr, **dict(zip(self.sums, means)),
-            "waiting": self.data_time / seconds, "img/s": images_per_step * self.n_steps / seconds})
-        self.start_row()
-
-    def write(self, path):
-        """Writes log.csv and prints the last row. If the file is locked, it is written later."""
-        names = dict.fromkeys(name for row in self.rows for name in row)   # --resume may add
-        try:
-            with open(path, "w", newline="") as file:
-                writer = csv.DictWriter(file, names)
-                writer.writeheader()
-                writer.writerows(self.rows)
-        except OSError as error:
-            print(f"cannot write {path} ({error.strerror}); trying again with the next row")
-        if self.n_printed % 20 == 0:
-            print(" ".join(f"{name:>7}" for name in self.rows[-1]))
-        self.n_printed += 1
-        step, *values = self.rows[-1].values()
-        print(f"{step:7}", *[f"{value:7.3g}" for value in values], flush=True)
-
-    def state_dict(self):
-        return {"rows": self.rows}
-
-    def load_state_dict(self, state):
-        self.rows = state["rows"]
-
-def save_checkpoint(args, generators, parts, pairs_seen, n_images):
+def save_checkpoint(args, generators, parts, pairs_seen, rows):
     """Writes latest.pt, from which --resume continues, then generators.pt, for translating."""
-    for name in ("G_AB", "G_BA", "D_A", "D_B"):
-        if not all(parameter.isfinite().all() for parameter in parts[name].parameters()):
-            die(f"{name} is not finite. The last checkpoint is kept; try a lower --lr or --amp off")
-    flags = {name: value for name, value in vars(args).items() if name not in NOT_STORED}
     weights = {name: G.state_dict() for name, G in generators.items()}
-    shared = {"flags": flags, "generators": weights}
     states = {name: part.state_dict() for name, part in parts.items()}
-    # `shared` is in both files, so that both can translate; torch.save stores a tensor only once.
-    latest = {**shared, "parts": states, "pairs_seen": pairs_seen, "n_images": n_images}
+    shared = {"flags": vars(args), "generators": weights}
+    # torch.save stores a tensor that is in `generators` and in `parts` only once.
+    latest = {**shared, "parts": states, "pairs_seen": pairs_seen, "rows": rows}
     write_file(f"{args.out_dir}/latest.pt", torch.save, latest)
     write_file(f"{args.out_dir}/generators.pt", torch.save, shared)
 
@@ -712,362 +593,268 @@ def load_checkpoint(path):
     """-> the dict in a checkpoint, its tensors on the CPU."""
     try:
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except Exception as error:          # torch.load raises anything on a broken file
-        die(f"{path} is not a checkpoint, or a truncated one ({str(error)[:80]})")
+    except Exception:                   # torch.load raises anything on a broken file
+        die(f"{path} is missing, truncated, or not a checkpoint")
 
 # ---- 10. Train -----------------------------------------------------------------------------------
 def lr_at(epoch, args):
     """The learning rate at a (fractional) epoch: constant, then linear to 0 (§7.1). It depends on
     the flags only, so --resume with more --epochs can raise it again."""
-    if epoch < args.epochs:
-        return args.lr
-    return args.lr * (1 - (epoch - args.epochs) / args.epochs_decay)
-
-def set_lr(optimizers, epoch, args):
-    """Sets the learning rate, and beta1 in case --resume changed it. -> the learning rate."""
-    lr = lr_at(epoch, args)
-    for optimizer in optimizers.values():
-        optimizer.param_groups[0].update(lr=lr, betas=(args.beta1, 0.999))
-    return lr
+    return args.lr * min(1, 1 - (epoch - args.epochs) / max(args.epochs_decay, 1))
 
 def make_optimizers(model, args):
     """-> Adam (§7.1) for the generators and for the discriminators."""
-    adam = functools.partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
-    parameters_G = [*model.G_AB.parameters(), *model.G_BA.parameters()]
-    parameters_D = [*model.D_A.parameters(), *model.D_B.parameters()]
+    G = [*model.G_AB.parameters(), *model.G_BA.parameters()]
+    D = [*model.D_A.parameters(), *model.D_B.parameters()]
     n_trainable = sum(parameter.requires_grad for parameter in model.parameters())
-    assert n_trainable == len(parameters_G + parameters_D), "freeze networks without an optimizer"
-    return {"G": adam(parameters_G), "D": adam(parameters_D)}
+    assert n_trainable == len(G) + len(D), "a trainable parameter has no optimizer"
+    adam = partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
+    return {"G": adam(G), "D": adam(D)}
+
+stop_signals = []       # those received; `train` looks here after every step
+
+def request_stop(number, _):
+    """Signal handler. A second Ctrl-C ends the program at once."""
+    stop_signals.append(number)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to stop without saving\n")
 
 def train(args, checkpoint=None):
-    """Trains from scratch or from a checkpoint; fills args.out_dir. Returns the exit status."""
-    runtime, data, log = Runtime(args), UnpairedImages(args), Log()
+    """Trains from scratch, or on from a checkpoint; writes into args.out_dir."""
+    runtime, data = Runtime(args), UnpairedImages(args)
     torch.manual_seed(args.seed)        # the same initial weights in every process
     model = CycleGAN(args).to(runtime.device)
     optimizers = make_optimizers(model, args)
     pools = {"A": ImagePool(args.pool_size), "B": ImagePool(args.pool_size)}
     generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # for samples and for translating
-    # All that a resumed run needs. With several processes, all of them get the pools of rank 0.
-    parts = {"G_AB": model.G_AB, "G_BA": model.G_BA, "D_A": model.D_A, "D_B": model.D_B,
-             "optimizer_G": optimizers["G"], "optimizer_D": optimizers["D"],
-             "scaler": runtime.scaler, "pool_A": pools["A"], "pool_B": pools["B"], "log": log}
+    # Everything that has a state. Only rank 0 saves its pools; all processes resume with them.
+    parts = {**model.networks(), "optimizer_G": optimizers["G"], "optimizer_D": optimizers["D"],
+             "pool_A": pools["A"], "pool_B": pools["B"]}
 
     n_images = [len(data.paths_A), len(data.paths_B)]
-    runtime.check_same(n_images, "images of A and B")
     pairs_per_step = args.batch_size * runtime.world_size
     steps_per_epoch = math.ceil(max(n_images) / pairs_per_step)
     total_steps = min((args.epochs + args.epochs_decay) * steps_per_epoch, args.max_steps)
-    start_step = 0
+    start_step, rows = 0, []
     if checkpoint is None:
         make_out_dir(args, model)
     else:
-        start_step = restore(args, parts, checkpoint, n_images, pairs_per_step, total_steps)
+        start_step, rows = checkpoint["pairs_seen"] // pairs_per_step, checkpoint["rows"]
+        restore(args, checkpoint, parts, is_finished=start_step >= total_steps)
     steps = range(start_step + 1, total_steps + 1)
     announce(args, runtime, n_images, steps, steps_per_epoch)
-    runtime.compile(model, len(steps))
-    samples = torch.utils.data.default_collate([data[n] for n in range(N_SAMPLES)])
-    log.start_row()
 
-    start_time = time.time()
+    start_time = row_time = time.time()
+    sums = Counter()                    # of terms since the last row of the log; update() adds
     batches = load_batches(data, steps, runtime)
-    with catch_signals() as signals, contextlib.closing(batches):       # ends loader processes
+    with contextlib.closing(batches):   # ends the loader processes
         for step in steps:
-            lr = set_lr(optimizers, (step - 1) / steps_per_epoch, args)
+            lr = lr_at((step - 1) / steps_per_epoch, args)
+            for optimizer in optimizers.values():
+                optimizer.param_groups[0]["lr"] = lr
             request_time = time.time()
             real_A, real_B = next(batches)
-            data_time = time.time() - request_time
+            sums.update(steps=1, waiting=time.time() - request_time)    # for data, in seconds
             terms = train_step(model, optimizers, pools, runtime, real_A, real_B, step)
-            log.add(terms, data_time)
+            sums.update(terms)
 
-            is_stopping = runtime.mean([len(signals)])[0] > 0   # a signal to one process stops all
+            is_stopping = runtime.mean([len(stop_signals)])[0] > 0      # in any process
             is_last = is_stopping or step == total_steps
             is_saving = is_last or step % args.save_every == 0
             is_logging = is_saving or step % args.log_every == 0
             if is_logging:
-                log.end_row(step, step / steps_per_epoch, lr, 2 * pairs_per_step, runtime)
+                if not all(p.isfinite().all() for p in model.parameters()):
+                    die(f"step {step}: weights not finite; --resume with --amp off or a lower --lr")
+                row = {"step": step, "epoch": step / steps_per_epoch, "lr": lr}
+                rows.append(row | mean_terms(sums, row_time, runtime, 2 * pairs_per_step))
+                sums, row_time = Counter(), time.time()
             if runtime.rank == 0:
                 if is_saving:
-                    save_checkpoint(args, generators, parts, step * pairs_per_step, n_images)
+                    save_checkpoint(args, generators, parts, step * pairs_per_step, rows)
                 if is_logging:
-                    log.write(f"{args.out_dir}/log.csv")
+                    write_log(f"{args.out_dir}/log.csv", rows)
                 if is_last or step % args.sample_every == 0:
-                    save_samples(args, step, generators, runtime, *samples)
-                progress(f"step {step}/{total_steps}", start_time, step - start_step, len(steps))
+                    save_samples(step, generators, runtime, data)
+                progress(start_time, step - start_step, len(steps))
             if is_stopping:
-                runtime.print(f"stopped after step {step} and saved; continue with:\n"
-                              f"python cyclegan.py --resume {shlex.quote(args.out_dir)}")
-                return 128 + (signals or [signal.SIGTERM])[0]
-    runtime.print(f"finished {total_steps} steps: see {args.out_dir}/samples")
-    return 0
+                break
+    if runtime.rank == 0:
+        print(f"saved; see {args.out_dir}/samples, or continue with\n"
+              f"python cyclegan.py --resume {shlex.quote(args.out_dir)}")
 
-# The rest of this section is what `train` calls before and after its loop.
-def announce(args, runtime, n_images, steps, steps_per_epoch):
-    """Prints what is trained on, where, and on which schedule."""
-    done_epochs = (steps.start - 1) / steps_per_epoch
-    n_pairs = args.batch_size * runtime.world_size
-    runtime.print(
-        f"{args.out_dir}: {n_images[0]:,} images of A, {n_images[1]:,} of B; {n_pairs} pairs per "
-        f"step on {runtime.world_size} x {runtime.device}, precision {runtime.precision}\n"
-        f"{args.epochs} epochs at learning rate {args.lr:g}, then {args.epochs_decay} down to 0, "
-        f"{steps_per_epoch:,} steps each; {len(steps):,} steps to go from epoch {done_epochs:.2f}")
-    if args.size >= 256 and runtime.device.type == "cpu":
-        runtime.print("without a GPU this takes days: try --size 64, or --demo")
-
+# The rest of this section is what `train` calls before its loop.
 def refuse_inside(path, folders):
     """Exits if a folder to write to is in one of the folders to read from."""
     for folder in folders:
         if Path(path).resolve().is_relative_to(Path(folder).resolve()):
-            die(f"{path} is in {folder}: their images would get mixed up; choose another folder")
+            die(f"{path} is in {folder}: outputs would mix with inputs; choose another folder")
 
 def make_out_dir(args, model):
-    """Makes the folder of a new run. Refuses to overwrite, to write into data, or a full disk."""
-    names = [os.path.basename(folders[0]) for folders in (args.dataA, args.dataB)]
-    if names == ["trainA", "trainB"]:   # as in horse2zebra/trainA
-        names = [os.path.basename(os.path.dirname(args.dataA[0]))]
-    args.out_dir = args.out_dir or os.path.abspath(os.path.join("runs", "2".join(names)))
-    for name in ("latest.pt", "generators.pt"):
-        if os.path.exists(f"{args.out_dir}/{name}"):
-            die(f"{args.out_dir} holds a run: --resume it, or choose another --out_dir")
+    """Makes the folder of a new run: not over another run, in the data, or on a full disk."""
+    if args.out_dir is None:
+        names = [os.path.basename(folders[0]) for folders in (args.dataA, args.dataB)]
+        if names == ["trainA", "trainB"]:       # such as horse2zebra/trainA
+            names = [os.path.basename(os.path.dirname(args.dataA[0]))]
+        args.out_dir = "runs/" + "2".join(names)
+    if os.path.exists(f"{args.out_dir}/latest.pt"):
+        die(f"{args.out_dir} holds a run: --resume it, or choose another --out_dir")
     refuse_inside(args.out_dir, args.dataA + args.dataB)
+    n_values = 3 * sum(p.numel() for p in model.parameters())       # a weight and two moments
+    n_values += 2 * args.pool_size * 3 * args.size**2
+    n_bytes = 2 * 4 * n_values          # float32; a new checkpoint is written beside the old one
     try:
         os.makedirs(args.out_dir, exist_ok=True)
+        if shutil.disk_usage(args.out_dir).free < n_bytes:
+            die(f"disk full: {args.out_dir} needs {n_bytes / 1e9:.1f} GB for its checkpoints")
     except OSError as error:
-        die(f"cannot make --out_dir {args.out_dir} ({error.strerror})")
+        die(f"--out_dir: {error}")
 
-    n_values = 3 * sum(p.numel() for p in model.parameters())       # Adam has two moments for each
-    n_values += 2 * args.pool_size * 3 * args.size**2
-    n_bytes = 2 * 4 * n_values          # a new checkpoint is written beside the old one
-    if shutil.disk_usage(args.out_dir).free < n_bytes:
-        die(f"disk full: {args.out_dir} needs {n_bytes / 1e9:.1f} GB for its checkpoints")
-
-def resume(argv, run):
-    """-> the flags of a run, updated by those in argv, and its checkpoint."""
-    run = run.removesuffix(f"{os.sep}latest.pt")
-    checkpoint = load_checkpoint(os.path.join(run, "latest.pt"))
-    if "parts" not in checkpoint:
-        die(f"{run}: latest.pt is from another version of cyclegan.py")
-    stored = checkpoint["flags"]
-    stored["out_dir"] = run             # the folder may have been moved since
-    args = get_args(argv, stored)
-    for name in ("generator", "blocks", "ngf", "ndf", "upsample", "size", "seed", "out_dir"):
-        if getattr(args, name) != stored[name]:
-            die(f"--{name} cannot be changed when resuming; the run has {stored[name]}")
-    return args, checkpoint
-
-def restore(args, parts, checkpoint, n_images, pairs_per_step, total_steps):
-    """Loads every part of a run -> its last step. Exits if a new flag cannot act any more."""
+def restore(args, checkpoint, parts, is_finished):
+    """Loads all parts of a run. Exits if a flag changed that can no longer take effect."""
     stored, states = checkpoint["flags"], checkpoint["parts"]
-    if states.keys() != parts.keys():
-        die(f"checkpoint of another version of cyclegan.py: {states.keys() ^ parts.keys()} differ")
-    step = checkpoint["pairs_seen"] // pairs_per_step       # --batch_size may have changed
-    changed = {name for name in stored if getattr(args, name) != stored[name]}
-    if changed and step >= total_steps:
-        die(f"{args.out_dir} is finished, {changed} would change nothing; choose another --out_dir")
-    if checkpoint["n_images"] != n_images:
-        print(f"{n_images} images of A and B, {checkpoint['n_images']} before: the run differs now")
-    for name, part in parts.items():
-        try:
-            if states[name]:            # empty: the scaler of a run without fp16
-                part.load_state_dict(states[name])
-        except RuntimeError:
-            die(f"checkpoint of another version of cyclegan.py, whose {name} differs")
-    return step
-
-@contextlib.contextmanager
-def catch_signals():
-    """Yields a list that receives signals to stop; the loop checks it after each step."""
-    received, old_handlers = [], {}
-
-    def handler(number, _):
-        received.append(number)
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.write(2, b"\nfinishing this step, then saving; "
-                    b"press Ctrl-C again to stop without saving\n")
-
-    if threading.current_thread() is threading.main_thread():   # others may not handle any
-        old_handlers = {number: signal.signal(number, handler) for number in STOP_SIGNALS
-                        if signal.getsignal(number) != signal.SIG_IGN}      # nohup ignores SIGHUP
+    fixed = {"generator", "blocks", "ngf", "ndf", "upsample", "size", "beta1", "seed", "out_dir"}
+    for name, value in stored.items():
+        if getattr(args, name) != value and (is_finished or name in fixed):
+            die(f"--{name} was {value}; changing it now has no effect: use another --out_dir")
     try:
-        yield received
-    finally:
-        for number, old_handler in old_handlers.items():
-            signal.signal(number, old_handler)
+        for name in states.keys() | parts.keys():       # missing in either: KeyError
+            parts[name].load_state_dict(states[name])
+    except (KeyError, RuntimeError, ValueError):
+        die(f"{args.out_dir}: latest.pt is from another version of cyclegan.py")
+
+def announce(args, runtime, n_images, steps, steps_per_epoch):
+    """Prints what is trained on, where, and on which schedule."""
+    if runtime.mean(n_images) != n_images:      # processes would get out of step
+        die(f"this process found {n_images} images of A and B, others found more or fewer")
+    epoch = (steps.start - 1) / steps_per_epoch
+    if runtime.rank == 0:
+        print(f"{args.out_dir}: {n_images} images of A and B, on {runtime.device}; {args.epochs} "
+              f"epochs at learning rate {args.lr}, then {args.epochs_decay} down to 0; starting at "
+              f"epoch {epoch:.2f}, {lr_at(epoch, args):.2g}; {len(steps)} steps to go")
+    if args.size >= 256 and runtime.device.type == "cpu":
+        print("without a GPU this takes days: try --size 64, or --demo")
 
 # ---- 11. Translate -------------------------------------------------------------------------------
 # One generator is enough: the other one and the discriminators were only needed to train it.
-def load_generators(path):
-    """-> {"AtoB": network, "BtoA": network} on the CPU, and the flags of their run, if known."""
-    checkpoint = load_checkpoint(f"{path}/generators.pt" if os.path.isdir(path) else path)
-    if "generators" not in checkpoint:
-        G = load_foreign_generator(checkpoint, path)
-        return {"AtoB": G, "BtoA": G}, None
-    flags, states = checkpoint["flags"], checkpoint["generators"]
-    generators = {}
-    try:
-        for direction, name in {"AtoB": "G_AB", "BtoA": "G_BA"}.items():
-            generators[direction] = GENERATORS[flags["generator"]](argparse.Namespace(**flags))
-            generators[direction].load_state_dict(states[name])
-    except (AttributeError, KeyError, RuntimeError):
-        die(f"{path}: its generators are those of another version of cyclegan.py")
-    return generators, flags
+def load_generators(path, argv=()):
+    """-> {"G_AB": network, "G_BA": network} on the CPU, and the flags of their run, then argv.
+    Other CycleGAN code: one generator, whose flags must be in argv; layers match by order."""
+    checkpoint = load_checkpoint(path)
+    args, generators = get_args(argv, checkpoint.get("flags")), {}
+    for name, state in checkpoint.get("generators", {"G_AB": checkpoint}).items():
+        generators[name] = GENERATORS[args.generator](args)
+        try:
+            if "generators" not in checkpoint:
+                weights = [w for key, w in state.items() if key.endswith(("weight", "bias"))]
+                state = dict(zip(generators[name].state_dict(), weights, strict=True))
+            generators[name].load_state_dict(state)
+        except (RuntimeError, ValueError):
+            die(f"{path} does not fit --generator {args.generator}, --blocks, --ngf and --size")
+    return generators, args
 
 def translate_any(G, x):
-    """G for (1, 3, H, W) of any size: pads by reflection to the multiple it needs, then crops."""
+    """G for (1, 3, H, W) of any size: pads to the multiple it needs, then crops."""
     h, w = x.shape[-2:]
-    bottom, right = (max(-side % G.size_multiple, 8 - side) for side in (h, w))    # 8: 2 at H/4
-    mode = "reflect" if bottom < h and right < w else "replicate"
-    return G(F.pad(x, (0, right, 0, bottom), mode=mode))[..., :h, :w]
-
-def name_images(tops):
-    """-> {name: path} of images and folders of images; a name is relative and has no suffix."""
-    images = {}
-    for top in tops:
-        for path in find_images(top):
-            name = path.relative_to(top) if path != Path(top) else Path(path.name)
-            name = str(name.with_suffix(""))
-            if name in images:
-                die(f"{path} and {images[name]} would both become {name}.png")
-            images[name] = path
-    return images
-
-def compare(x, y, truth):
-    """Input, output, ground truth, (1, 3, H, W) in [-1, 1] -> sums over pixels, for --truth."""
-    changed = (x != truth).any(dim=1)
-    error = (y - truth).abs().mean(dim=1)
-    mse = ((y - truth) / 2).square().mean()
-    return {
-        "images": 1, "PSNR": -10 * mse.log10().item(),
-        "pixels": error.numel(), "error": error.sum().item(),
-        "changed pixels": changed.sum().item(), "changed error": error[changed].sum().item(),
-        "input error": (x - truth).abs().mean(dim=1).sum().item()}
-
-def report(totals):
-    """Prints the sums of compare() as means."""
-    n_images, n_inside = totals["images"], totals["changed pixels"]
-    inside = totals["changed error"] / max(1, n_inside)
-    share = totals["changed error"] / max(1e-9, totals["input error"])
-    error_outside = totals["error"] - totals["changed error"]
-    outside = error_outside / max(1, totals["pixels"] - n_inside)
-    print(f"compared {n_images}: PSNR {totals['PSNR'] / n_images:.1f} dB, mean absolute error "
-          f"{totals['error'] / totals['pixels']:.3f} (images from -1 to 1)")
-    print(f"inside the changed region: error {inside:.3f} ({share:.1%} of leaving it unchanged); "
-          f"outside: error {outside:.3f}", flush=True)
-
-def check_output(args, names):
-    """Refuses to mix outputs into --input or --truth, and to overwrite files unless told to."""
-    refuse_inside(args.output, filter(os.path.isdir, [*args.input, args.truth or ""]))
-    endings = [".png", "_back.png"] if args.round_trip else [".png"]
-    outputs = Counter(f"{args.output}/{name}{ending}" for name in names for ending in endings)
-    for path, n_times in outputs.items():
-        if n_times > 1:
-            die(f"two images would become {path}; rename one")
-        if os.path.exists(path) and not args.overwrite:
-            die(f"{path} exists: choose another --output, or --overwrite")
+    x = F.pad(x, (0, -w % G.size_multiple, 0, -h % G.size_multiple), mode="replicate")
+    return G(x)[..., :h, :w]
 
 @torch.no_grad()
 def translate(argv, args):
     """Translates --input into --output. Returns the exit status: 1 if an image was unreadable."""
-    generators, flags = load_generators(args.checkpoint)
-    if flags is not None:               # preprocess as in training
-        args = get_args(argv, flags | {"device": "auto"})
-    elif args.round_trip:
-        die(f"--round_trip needs both generators; {args.checkpoint} has one")
+    if None in (args.checkpoint, args.input, args.output):
+        die("translating needs --checkpoint, --input and --output")
+    generators, args = load_generators(args.checkpoint, argv)       # now with the run's flags
     runtime = Runtime(args)
-    G = generators[args.direction].to(runtime.device)
-    G_back = generators["BtoA" if args.direction == "AtoB" else "AtoB"].to(runtime.device)
-    images = name_images(args.input)
-    truths = name_images([args.truth]) if args.truth else {}
-    names = list(images)[runtime.rank::runtime.world_size]
-    check_output(args, names)
-    if args.truth and truths.keys().isdisjoint(images):
-        die(f"--truth {args.truth}: no image there has the name of one in --input")
+    networks = [G.to(runtime.device) for G in generators.values()]
+    if args.round_trip and len(networks) == 1:
+        die("--round_trip needs both generators")
+    if args.direction == "BtoA":
+        networks.reverse()
+    refuse_inside(args.output, args.input)
+    if os.path.exists(args.output) and not args.overwrite:
+        die(f"{args.output} exists: choose another --output, or --overwrite")
+    images = find_images(args.input)
+    if len(set(images.values())) < len(images):
+        die("two images in --input would get the same name in --output")
+    truths = {name: path for path, name in find_images(args.truth or []).items()}
 
-    def load(path):
+    n_translated, errors = 0, []
+    for path, name in images.items():
+        if stop_signals:
+            break
         image = read_image(path)
-        pixels = TF.pil_to_tensor(image) if args.native else preprocess(image, args)
-        return runtime.to_float(pixels)[None]
+        if image is None:
+            continue
+        x = runtime.to_float(preprocess(image, args))[None]
+        y = translate_any(networks[0], x)
+        write_file(f"{args.output}/{name}.png", write_png, y)
+        if args.round_trip:
+            write_file(f"{args.output}/{name}_back.png", write_png, translate_any(networks[1], y))
+        truth = read_image(truths[name]) if name in truths else None
+        if truth is not None:
+            errors.append(compare(x, y, runtime.to_float(preprocess(truth, args))))
+        n_translated += 1
+    print(f"translated {n_translated} of {len(images)} images into {args.output}")
+    if args.truth and not errors:
+        print("--truth has no image with the name of one in --input")
+    if errors:
+        inside, share, elsewhere = torch.tensor(errors).nanmean(dim=0)
+        print(f"inside the changed region: error {inside:.3f} ({share:.1%} of leaving it "
+              f"unchanged); elsewhere: error {elsewhere:.3f} (images from -1 to 1)")
+    return int(n_translated < len(images))
 
-    totals, n_unreadable, start_time = Counter(), 0, time.time()
-    for i, name in enumerate(names, 1):
-        try:
-            x = load(images[name])
-            y = translate_any(G, x)
-            write_file(f"{args.output}/{name}.png", save_png, y)
-            if args.round_trip:
-                write_file(f"{args.output}/{name}_back.png", save_png, translate_any(G_back, y))
-            if name in truths:
-                truth = load(truths[name])
-                if truth.shape == x.shape:      # it may not be with --native
-                    totals.update(compare(x, y, truth))
-        except OSError as error:
-            print(error, file=sys.stderr, flush=True)
-            n_unreadable += 1
-        progress(f"{i}/{len(names)}", start_time, i, len(names))
-    n_translated = len(names) - n_unreadable
-    print(f"translated {n_translated} of {len(names)} images into {args.output}", flush=True)
-    if totals["images"]:
-        report(totals)
-    return int(n_unreadable > 0)
+def compare(x, y, truth):
+    """Input, output, ground truth -> mean absolute error of the output where the truth differs from
+    the input; this as a share of the input's own error; mean absolute error elsewhere."""
+    changed = (x != truth).any(dim=1, keepdim=True).expand_as(x)
+    error = (y - truth).abs()
+    inside = error[changed].mean()
+    return inside, inside / (x - truth).abs()[changed].mean(), error[~changed].mean()
 
-def load_foreign_generator(state, path):
-    """-> the generator in a bare state_dict of other CycleGAN code. Layers have other names there,
-    but the same order, and their shapes tell the flags."""
-    weights = [value for name, value in state.items()
-               if torch.is_tensor(value) and value.ndim > 0 and "running" not in name]
-    kernels = [weight.shape for weight in weights if weight.ndim == 4]
-    if len(kernels) < 6:
-        die(f"{path}: no generator found, or one of another version of cyclegan.py")
-    args = argparse.Namespace(
-        generator="unet" if kernels[0][2] == 4 else "resnet", ngf=kernels[0][0],
-        size=2 ** (len(kernels) // 2), blocks=(len(kernels) - 6) // 2,
-        upsample="deconv" if kernels[-3][0] > kernels[-3][1] else "nearest")
-    try:
-        G = GENERATORS[args.generator](args)
-        G.load_state_dict(dict(zip(G.state_dict(), weights, strict=True)))
-    except (RuntimeError, ValueError):
-        die(f"{path}: its layers are not those of a {args.generator} generator")
-    if any("down_blocks" in name for name in state):    # "Learn Generative AI with PyTorch" does so
-        G.down1.padding_mode = G.down2.padding_mode = "reflect"
-    return G
+DEMO = """\
+--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 --generator unet --ngf 16 \
+--ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off --no-compile \
+--out_dir {run}
+--checkpoint {run}/generators.pt --direction AtoB --input files/toy/black_test \
+--truth files/toy/blond_test --output {run}/blond --overwrite
+--checkpoint {run}/generators.pt --direction BtoA --input files/toy/blond_test \
+--truth files/toy/black_test --output {run}/black --overwrite"""
 
 def demo(argv, args):
-    """Draws toy faces, then runs the commands that it prints, with the flags typed after --demo."""
+    """Draws toy faces, then runs the commands of DEMO with the flags typed after --demo."""
     from prepare_celeba import toy_faces
     toy_faces("files/toy", n=400, n_test=50)
-    run = shlex.quote(args.out_dir or "runs/demo")
-    commands = [
-        "--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 --generator unet "
-        "--ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off "
-        f"--out_dir {run}",
-        f"--checkpoint {run}/generators.pt --direction AtoB --input files/toy/black_test "
-        f"--truth files/toy/blond_test --output {run}/blond --overwrite",
-        f"--checkpoint {run}/generators.pt --direction BtoA --input files/toy/blond_test "
-        f"--truth files/toy/black_test --output {run}/black --overwrite"]
-    if os.path.exists(f"{args.out_dir or 'runs/demo'}/latest.pt"):
-        commands[0] = f"--resume {run}"
+    run = args.out_dir or "runs/demo"
+    commands = DEMO.format(run=shlex.quote(run)).splitlines()
+    if os.path.exists(f"{run}/latest.pt"):
+        commands[0] = f"--resume {shlex.quote(run)}"
     for command in commands:
         words = shlex.split(command) + [word for word in argv if word != "--demo"]
-        print("\npython cyclegan.py", shlex.join(words), flush=True)
-        status = main(words)
-        if status:
-            return status
+        print("\npython cyclegan.py", shlex.join(words))
+        if main(words):
+            return 1
     print(f"\nnow open the last grid in {run}/samples: rows 2 and 5 are translations")
-    return 0
 
 def main(argv):
     """Runs a command line, given as a list of words. Returns its exit status."""
-    args = get_args(argv)
+    args, checkpoint = get_args(argv), None
     if args.demo:
         return demo(argv, args)
-    if args.mode == "translate":
+    if args.mode == "translate" or args.checkpoint:
         return translate(argv, args)
     if args.resume:
-        return train(*resume(argv, args.resume))
-    return train(args)
+        checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
+        flags = checkpoint.get("flags", {})
+        flags["out_dir"] = args.resume      # the folder may have been moved
+        args = get_args(argv, flags)
+        args.resume = None                  # not stored
+    train(args, checkpoint)
+    return 128 + stop_signals[0] if stop_signals else 0
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)        # no traceback
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
     status = main(sys.argv[1:])
     if dist.is_initialized():
-        dist.destroy_process_group()    # or torch can abort while the process ends
+        dist.destroy_process_group()    # otherwise torch may abort at exit
     sys.exit(status)
