@@ -23,7 +23,7 @@ Where to make changes
   a new generator, a new GAN loss        a class or function, and a line in GENERATORS or GAN_LOSSES
   a new term of the objective            CycleGAN.generator_loss; the log gets a column for it
   a frozen network, such as VGG          CycleGAN.__init__; not in CycleGAN.networks
-  gradient accumulation or penalty       train_step
+  gradient accumulation or penalty       train_step (a penalty needs --no-compile)
   an average of the generators           `generators` and `parts` in train; updated after train_step
   augmentation, schedule, logging        preprocess, lr_at, write_log
 """
@@ -63,7 +63,7 @@ def die(message):
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 def get_args(argv=None, stored=None):
-    """-> Namespace of all flags: the defaults, then those stored in a checkpoint, then argv."""
+    """-> Namespace of all flags: defaults, overridden by those of a checkpoint, then by argv."""
     parser = argparse.ArgumentParser(
         usage="python cyclegan.py [flags]", description=__doc__.partition("\nTwo generators")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -72,7 +72,7 @@ def get_args(argv=None, stored=None):
     def path(text):                             # absolute: a run can be resumed from anywhere
         return os.path.abspath(os.path.expanduser(text))
 
-    def add(name, default, help, **options):
+    def add(name, default, help, **options):    # adds a flag to the `group` at this point
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, list):         # choices; the first is the default
@@ -82,7 +82,7 @@ def get_args(argv=None, stored=None):
             options["type"] = path if default is None else type(default)
         if default is not None:
             help += f" (default: {default})"
-        group.add_argument(f"--{name}", default=default, help=help, **options)  # the last `group`
+        group.add_argument(f"--{name}", default=default, help=help, **options)
 
     group = parser.add_argument_group("run")
     add("mode", ["train", "translate"], "--checkpoint implies translate")
@@ -144,7 +144,7 @@ def get_args(argv=None, stored=None):
         if name in ("ngf", "ndf", "batch_size", "log_every", "sample_every", "save_every"):
             low = 1
         if isinstance(value, (int, float)) and not value >= low:        # catches nan, too
-            die(f"--{name} {value} must be a number from {low}")
+            die(f"--{name} {value} must be at least {low}")
     args.load_size = args.load_size or args.size * 286 // 256
     args.blocks = args.blocks or (9 if args.size >= 256 else 6)
     return args
@@ -157,10 +157,10 @@ def find_images(tops):
     images = {}
     for top in map(Path, tops):
         if top.is_file():
-            images[top] = top.stem
+            images[top] = Path(top.stem)
             continue
         files = [path.relative_to(top) for path in sorted(top.rglob("*")) if path.is_file()]
-        files = [path for path in files if "/." not in f"/{path.as_posix()}"]       # not hidden
+        files = [path for path in files if "/." not in f"/{path}"]      # not hidden
         found = [path for path in files if path.suffix.lower() in IMG_EXTENSIONS]
         if not found:
             die(f"no images in {top}; is it the right place?")
@@ -194,7 +194,7 @@ def preprocess(image, args, augment=False):
     return TF.pil_to_tensor(TF.center_crop(image, args.size))
 
 def seed_torch(*key):
-    """Makes torch's random numbers from here on a pure function of the key."""
+    """Seeds torch: the same key, such as (seed, step, rank), gives the same random numbers."""
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 class UnpairedImages(torch.utils.data.Dataset):
@@ -244,8 +244,8 @@ def load_batches(data, steps, runtime):
 # reflection padding at full size and in the blocks, because a border of zeros would show; instance
 # norm, because contrast belongs to an image and not to a batch; tanh, for the range of the images.
 class InstanceNorm(nn.Module):
-    """Each channel of an image to mean 0, variance 1: (N, C, H, W) -> same. nn.InstanceNorm2d has
-    wrong gradients on a CPU for one image in channels_last format, which a fork may use."""
+    """Each channel of an image to mean 0, variance 1: (N, C, H, W) -> same. A group norm, because
+    nn.InstanceNorm2d has wrong gradients on a CPU for a single channels_last image."""
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):      # autocast would return float32
             return F.group_norm(x, num_groups=x.shape[1])
@@ -259,7 +259,7 @@ def upsample(n_in, n_out, args, kernel_size=3):
     return nn.ConvTranspose2d(n_in, n_out, kernel_size, 2, 1, output_padding)
 
 class Sequential(nn.Sequential):
-    """With a forward of its own: torch.compile 2.11 does not compile one that is inherited."""
+    """torch.compile 2.11 skips the forward of nn.Sequential, but compiles one in this file."""
     def forward(self, x):
         return super().forward(x)
 
@@ -290,9 +290,9 @@ class ResNetGenerator(Sequential):
             nn.Conv2d(n, 3, 7, padding=3, padding_mode="reflect"), nn.Tanh())   # (N,   3, H,   W)
 
 class UNetGenerator(nn.Module):
-    """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. Its levels are nested: each halves
-    the resolution, runs the level inside, doubles it and, except the first, appends its input."""
-    size_multiple = 32                              # for --size; a network needs 2**levels
+    """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. Each level is a UNetGenerator: it
+    halves the resolution, runs the level inside, doubles it and (level > 1) appends its input."""
+    size_multiple = 32                              # for --size; an instance needs 2**levels
 
     def __init__(self, args, level=1, n_in=3):
         super().__init__()
@@ -337,7 +337,7 @@ class PatchDiscriminator(Sequential):
 def init_weights(module):
     """N(0, 0.02) for the kernel of a convolution (§7.1), 0 for its bias."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        for parameter in module.parameters():       # not only .weight, which spectral_norm replaces
+        for parameter in module.parameters():       # .weight would miss those of spectral_norm
             nn.init.normal_(parameter, 0.0, 0.02 if parameter.ndim == 4 else 0.0)
 
 # ---- 5. Image pool -------------------------------------------------------------------------------
@@ -371,8 +371,8 @@ class ImagePool:
 # Three terms for the generators. Adversarial (Eq. 1): the output looks like the other domain, but
 # alone it would allow one such image for all inputs (collapse). Cycle (Eq. 2): translating back
 # recovers the input, but alone it would allow any reversible change, such as inverted colors.
-# Identity (§5.2): G_AB leaves a real B as it is, which keeps colors; a large weight teaches G_AB to
-# copy any input. The paper uses it for paintings only, its official code always.
+# Identity (§5.2): G_AB leaves a real B as it is, so it learns not to shift colors without need;
+# with a large weight it copies any input. The paper has it for paintings, its official code always.
 #   Healthy lsgan runs log D_A and D_B between 0.1 and 0.25 (0.25 is guessing), adv_AB and adv_BA
 # between 0.3 and 0.6; the cycle and identity terms, logged with their weights, fall for many
 # epochs. D_A, D_B near 0 and adv_AB, adv_BA near 1: D has won, or G copies its input.
@@ -385,7 +385,7 @@ def bce(scores, target):
     return F.binary_cross_entropy_with_logits(scores, torch.full_like(scores, target))
 
 def focal(scores, target):
-    """Lin et al. 2017, Eq. 4: cross-entropy weighted by (1 - p)^2, so easy patches count less."""
+    """Lin et al. 2017, Eq. 4: cross-entropy times (1 - p)^2, p the probability of the target."""
     return sigmoid_focal_loss(scores, torch.full_like(scores, target), alpha=-1, reduction="mean")
 
 def ghm(scores, target, n_bins=10):
@@ -398,7 +398,7 @@ def ghm(scores, target, n_bins=10):
     n_in_bin = bins.bincount(minlength=n_bins)
     return (entropy / n_in_bin[bins]).sum() / (n_in_bin > 0).sum()
 
-# name: (loss of D, loss of G). Focal and GHM-C are for D; their G gets plain cross-entropy.
+# name: (loss of D, loss of G). With focal and ghm, G minimizes plain cross-entropy.
 GAN_LOSSES = {"lsgan": (lsgan, lsgan), "bce": (bce, bce), "focal": (focal, bce), "ghm": (ghm, bce)}
 
 class CycleGAN(nn.Module):
@@ -416,7 +416,7 @@ class CycleGAN(nn.Module):
                 network.compile(dynamic=False)          # a graph per shape
         self.d_loss, self.g_loss = GAN_LOSSES[args.gan_loss]
         self.lambda_cycle = args.lambda_cycle
-        self.lambda_identity = args.lambda_cycle * args.lambda_identity     # relative to the cycle
+        self.lambda_identity = args.lambda_cycle * args.lambda_identity     # from here on absolute
 
     def networks(self):     # those that are initialized, compiled and saved
         return {"G_AB": self.G_AB, "G_BA": self.G_BA, "D_A": self.D_A, "D_B": self.D_B}
@@ -453,7 +453,7 @@ class CycleGAN(nn.Module):
 # ---- 7. One step ---------------------------------------------------------------------------------
 def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
     """Updates the generators, then the discriminators. Images (N, 3, H, W) in [-1, 1] -> terms."""
-    seed_torch(runtime.args.seed, step, runtime.rank)   # as before, if a run is resumed
+    seed_torch(runtime.args.seed, step, runtime.rank)   # of the pools: resuming repeats them
     model.D_A.requires_grad_(False)     # G's gradient passes through D, but D's own is not needed
     model.D_B.requires_grad_(False)
     with runtime.autocast():
@@ -497,7 +497,7 @@ class Runtime:
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()      # bool() is False
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # False in old versions
         if self.is_cuda:                # a T4 emulates bf16, slowly
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         use_bf16 = args.amp == "bf16" or (args.amp == "auto" and has_bf16)
@@ -552,7 +552,7 @@ def save_samples(step, generators, runtime, data):
     are the translations; rows 3 and 6, translated back, should equal rows 1 and 4."""
     batch = torch.utils.data.default_collate([data[n] for n in range(6)])
     real_A, real_B = [runtime.to_float(images) for images in batch]
-    G_AB, G_BA = [G.forward for G in generators.values()]       # not compiled for this batch size
+    G_AB, G_BA = [G.forward for G in generators.values()]       # .forward is not compiled
     with runtime.autocast():
         fake_B, fake_A = G_AB(real_A), G_BA(real_B)
         grid = [real_A, fake_B, G_BA(fake_B), real_B, fake_A, G_AB(fake_A)]
@@ -567,7 +567,7 @@ def mean_terms(sums, start_time, runtime, images_per_step):
 
 def write_log(path, rows):
     """Writes log.csv and prints the last row. If the file is locked, it is written later."""
-    names = dict.fromkeys(name for row in rows for name in row)     # --resume may add columns
+    names = dict.fromkeys(name for row in rows for name in row)     # an ordered set
     table = [names] + [[row.get(name) for name in names] for row in rows]
     try:
         with open(path, "w", newline="") as file:
@@ -607,11 +607,11 @@ def make_optimizers(model, args):
     G = [*model.G_AB.parameters(), *model.G_BA.parameters()]
     D = [*model.D_A.parameters(), *model.D_B.parameters()]
     n_trainable = sum(parameter.requires_grad for parameter in model.parameters())
-    assert n_trainable == len(G) + len(D), "a trainable parameter has no optimizer"
+    assert n_trainable == len(G) + len(D), "trainable parameters and those of optimizers differ"
     adam = partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
     return {"G": adam(G), "D": adam(D)}
 
-stop_signals = []       # those received; `train` looks here after every step
+stop_signals = []       # those received; train and translate look here
 
 def request_stop(number, _):
     """Signal handler. A second Ctrl-C ends the program at once."""
@@ -679,7 +679,7 @@ def train(args, checkpoint=None):
             if is_stopping:
                 break
     if runtime.rank == 0:
-        print(f"saved; see {args.out_dir}/samples, or continue with\n"
+        print(f"samples are in {args.out_dir}/samples; to continue (if finished, with --epochs):\n"
               f"python cyclegan.py --resume {shlex.quote(args.out_dir)}")
 
 # The rest of this section is what `train` calls before its loop.
@@ -690,17 +690,17 @@ def refuse_inside(path, folders):
             die(f"{path} is in {folder}: outputs would mix with inputs; choose another folder")
 
 def make_out_dir(args, model):
-    """Makes the folder of a new run: not over another run, in the data, or on a full disk."""
+    """Makes the folder of a new run. Refuses an existing run, a folder of data, or a full disk."""
     if args.out_dir is None:
         names = [os.path.basename(folders[0]) for folders in (args.dataA, args.dataB)]
-        if names == ["trainA", "trainB"]:       # such as horse2zebra/trainA
+        if names == ["trainA", "trainB"]:       # horse2zebra/trainA -> horse2zebra
             names = [os.path.basename(os.path.dirname(args.dataA[0]))]
         args.out_dir = "runs/" + "2".join(names)
     if os.path.exists(f"{args.out_dir}/latest.pt"):
         die(f"{args.out_dir} holds a run: --resume it, or choose another --out_dir")
     refuse_inside(args.out_dir, args.dataA + args.dataB)
     n_values = 3 * sum(p.numel() for p in model.parameters())       # a weight and two moments
-    n_values += 2 * args.pool_size * 3 * args.size**2
+    n_values += 6 * args.pool_size * args.size**2       # two pools of RGB images
     n_bytes = 2 * 4 * n_values          # float32; a new checkpoint is written beside the old one
     try:
         os.makedirs(args.out_dir, exist_ok=True)
@@ -710,12 +710,12 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, is_finished):
-    """Loads all parts of a run. Exits if a flag changed that can no longer take effect."""
+    """Loads all parts of a run. Refuses changes of fixed flags; if it is finished, of any flag."""
     stored, states = checkpoint["flags"], checkpoint["parts"]
     fixed = {"generator", "blocks", "ngf", "ndf", "upsample", "size", "beta1", "seed", "out_dir"}
     for name, value in stored.items():
         if getattr(args, name) != value and (is_finished or name in fixed):
-            die(f"--{name} was {value}; changing it now has no effect: use another --out_dir")
+            die(f"--{name} was {value} and cannot change any more; choose another --out_dir")
     try:
         for name in states.keys() | parts.keys():       # missing in either: KeyError
             parts[name].load_state_dict(states[name])
@@ -728,7 +728,7 @@ def announce(args, runtime, n_images, steps, steps_per_epoch):
         die(f"this process found {n_images} images of A and B, others found more or fewer")
     epoch = (steps.start - 1) / steps_per_epoch
     if runtime.rank == 0:
-        print(f"{args.out_dir}: {n_images} images of A and B, on {runtime.device}; {args.epochs} "
+        print(f"{args.out_dir}: {n_images} images of [A, B], on {runtime.device}; {args.epochs} "
               f"epochs at learning rate {args.lr}, then {args.epochs_decay} down to 0; starting at "
               f"epoch {epoch:.2f}, {lr_at(epoch, args):.2g}; {len(steps)} steps to go")
     if args.size >= 256 and runtime.device.type == "cpu":
@@ -737,8 +737,8 @@ def announce(args, runtime, n_images, steps, steps_per_epoch):
 # ---- 11. Translate -------------------------------------------------------------------------------
 # One generator is enough: the other one and the discriminators were only needed to train it.
 def load_generators(path, argv=()):
-    """-> {"G_AB": network, "G_BA": network} on the CPU, and the flags of their run, then argv.
-    Other CycleGAN code: one generator, whose flags must be in argv; layers match by order."""
+    """-> {"G_AB": network, "G_BA": network} on the CPU, and the run's flags, overridden by argv.
+    Other CycleGAN code: one generator, which argv must describe; layers match by their order."""
     checkpoint = load_checkpoint(path)
     args, generators = get_args(argv, checkpoint.get("flags")), {}
     for name, state in checkpoint.get("generators", {"G_AB": checkpoint}).items():
@@ -804,13 +804,14 @@ def translate(argv, args):
     return int(n_translated < len(images))
 
 def compare(x, y, truth):
-    """Input, output, ground truth -> mean absolute error of the output where the truth differs from
-    the input; this as a share of the input's own error; mean absolute error elsewhere."""
+    """Input, output, ground truth -> where truth and input differ, the mean absolute error of the
+    output, and its ratio to that of the input; then the mean absolute error elsewhere."""
     changed = (x != truth).any(dim=1, keepdim=True).expand_as(x)
     error = (y - truth).abs()
     inside = error[changed].mean()
     return inside, inside / (x - truth).abs()[changed].mean(), error[~changed].mean()
 
+# Train, translate A to B, translate B to A: three commands, as \ joins lines.
 DEMO = """\
 --dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 --generator unet --ngf 16 \
 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off --no-compile \
