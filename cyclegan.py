@@ -2,7 +2,7 @@
 """
 CycleGAN in one file: learns to translate between two kinds of images from two unpaired folders.
 Zhu, Park, Isola, Efros, "Unpaired Image-to-Image Translation using Cycle-Consistent Adversarial
-Networks", ICCV 2017, arXiv:1703.10593. Comments cite its sections (§) and equations (Eq.).
+Networks", ICCV 2017, arXiv:1703.10593. In the code, § and Eq. refer to this paper.
 
   python cyclegan.py --demo                                     # toy faces; minutes on a CPU
   python cyclegan.py --dataA files/black --dataB files/blond    # train; writes runs/black2blond
@@ -24,7 +24,7 @@ Where to make changes
   a new term of the objective            CycleGAN.generator_loss; the log gets a column for it
   a frozen network, such as VGG          CycleGAN.__init__; not in CycleGAN.networks
   gradient accumulation or penalty       train_step (a penalty needs --no-compile)
-  an average of the generators           `generators` and `parts` in train; updated after train_step
+  an average of the generators           train: replace `generators`, add to `parts`
   augmentation, schedule, logging        preprocess, lr_at, write_log
 """
 import argparse
@@ -72,7 +72,7 @@ def get_args(argv=None, stored=None):
     def path(text):                             # absolute: a run can be resumed from anywhere
         return os.path.abspath(os.path.expanduser(text))
 
-    def add(name, default, help, **options):    # adds a flag to the `group` at this point
+    def add(name, default, help, **options):    # adds a flag to the current `group`
         if isinstance(default, bool):
             options["action"] = argparse.BooleanOptionalAction
         elif isinstance(default, list):         # choices; the first is the default
@@ -85,41 +85,41 @@ def get_args(argv=None, stored=None):
         group.add_argument(f"--{name}", default=default, help=help, **options)
 
     group = parser.add_argument_group("run")
-    add("mode", ["train", "translate"], "--checkpoint implies translate")
-    add("demo", False, "draw toy faces, train on them, translate others, print the error")
+    add("mode", ["train", "translate"], "may be omitted: --checkpoint implies translate")
+    add("demo", False, "train on drawn toy faces, print the error on unseen ones")
     add("out_dir", None, "folder of the run (default: runs/<A>2<B>)")
     add("resume", None, "folder of a run to continue; needs no other flag")
     add("seed", 0, "seed for weights, order of data, augmentation and pools")
     add("device", "auto", "cuda, cuda:1, mps or cpu; auto: a GPU if there is one")
     group = parser.add_argument_group("data")
     add("dataA", None, "folders of A images, searched recursively", nargs="+")
-    add("dataB", None, "folders of B images; the sizes may differ", nargs="+")
+    add("dataB", None, "folders of B images; the counts may differ", nargs="+")
     add("size", 256, "side of the training images, in pixels")
-    add("load_size", 0, "resize to this, then crop to --size; 0: 286/256 of --size")
-    add("resize", ["stretch", "crop"], "crop: resize the shorter side, then crop")
+    add("load_size", 0, "resize to this, then crop randomly to --size; 0: 1.12 x --size")
+    add("resize", ["stretch", "crop"], "stretch ignores the aspect ratio; crop keeps it")
     add("flip", True, "mirror half of the images")
     add("workers", 4 if torch.cuda.is_available() else 0, "processes that load images")
     group = parser.add_argument_group("networks")
-    add("generator", list(GENERATORS), "resnet is the paper's")
-    add("blocks", 0, "residual blocks; 0: 9 from 256 pixels up, else 6")
+    add("generator", list(GENERATORS), "ResNet (the paper's) or U-Net")
+    add("blocks", 0, "residual blocks of resnet; 0: 9 if size >= 256, else 6")
     add("ngf", 64, "channels of a generator's first layer")
     add("ndf", 64, "channels of a discriminator's first layer")
     add("upsample", ["deconv", "nearest"], "nearest avoids checkerboard artifacts")
     group = parser.add_argument_group("objective")
-    add("gan_loss", list(GAN_LOSSES), "lsgan is the paper's")
+    add("gan_loss", list(GAN_LOSSES), "least squares (the paper's), cross-entropy, focal or GHM")
     add("lambda_cycle", 10.0, "weight of cycle consistency")
     add("lambda_identity", 0.5, "weight of the identity term, relative to lambda_cycle")
-    add("pool_size", 50, "earlier fakes kept for training D; 0: no pool")
+    add("pool_size", 50, "past fakes kept to train each discriminator; 0: none")
     group = parser.add_argument_group("schedule")
-    add("epochs", 100, "epochs (of the larger domain) at a constant learning rate")
+    add("epochs", 100, "passes over the larger folder at a constant learning rate")
     add("epochs_decay", 100, "further epochs, in which the learning rate decays to 0")
-    add("max_steps", 10**9, "stop at this step, wherever the schedule is")
-    add("batch_size", 1, "pairs per step in each process")
+    add("max_steps", 10**9, "stop at this step, whatever the schedule")
+    add("batch_size", 1, "images of each domain per step and process")
     add("lr", 2e-4, "learning rate of Adam")
     add("beta1", 0.5, "first beta of Adam")
     group = parser.add_argument_group("speed")
     add("amp", ["auto", "bf16", "off"], "mixed precision; auto: bf16 if the hardware has it")
-    add("compile", torch.cuda.is_available(), "torch.compile; takes a minute at the start")
+    add("compile", torch.cuda.is_available(), "torch.compile; takes about a minute at the start")
     group = parser.add_argument_group("output")
     add("log_every", 100, "steps between rows of the log")
     add("sample_every", 500, "steps between sample grids")
@@ -127,12 +127,12 @@ def get_args(argv=None, stored=None):
     group = parser.add_argument_group("translate")
     add("checkpoint", None, "generators.pt, or a generator from other CycleGAN code")
     add("input", None, "images, and folders of images", nargs="+")
-    add("output", None, "folder that gets the same structure and names, as PNG")
-    add("overwrite", False, "write into an existing --output, over older translations")
+    add("output", None, "output folder; PNGs keep the names and structure of the input")
+    add("overwrite", False, "allow an existing --output, and replace its files")
     add("direction", ["AtoB", "BtoA"], "which generator to use")
     add("native", False, "translate at each image's own size instead of --size")
     add("round_trip", False, "also write NAME_back.png, translated there and back")
-    add("truth", None, "ground truth under the same names: print the error", nargs="+")
+    add("truth", None, "folders of true images of the same names: print the error", nargs="+")
 
     known = vars(parser.parse_args([])).keys()
     if stored is not None and stored.keys() != known:
@@ -153,7 +153,7 @@ def get_args(argv=None, stored=None):
 # Two folders and no pairs: a step gets one image of A and an unrelated one of B. Images stay uint8
 # until they are on the device, where they become floats in [-1, 1], the range of the tanh of G.
 def find_images(tops):
-    """Images and folders -> {path: name}. A name is the path below the folder, without suffix."""
+    """Images and folders -> {path: name}. The name is relative to its folder, without suffix."""
     images = {}
     for top in map(Path, tops):
         if top.is_file():
@@ -231,7 +231,7 @@ def load_batches(data, steps, runtime):
     """Yields real_A, real_B for a range of steps: (N, 3, size, size) in [-1, 1], on the device."""
     args = data.args
     pairs_per_step = args.batch_size * runtime.world_size
-    # Steps are numbered from 1, pairs from 0.
+    # Steps count from 1, pairs from 0; each process takes every world_size-th pair.
     pairs = range((steps.start - 1) * pairs_per_step, (steps.stop - 1) * pairs_per_step)
     loader = torch.utils.data.DataLoader(
         data, args.batch_size, sampler=pairs[runtime.rank::runtime.world_size],
@@ -245,7 +245,7 @@ def load_batches(data, steps, runtime):
 # norm, because contrast belongs to an image and not to a batch; tanh, for the range of the images.
 class InstanceNorm(nn.Module):
     """Each channel of an image to mean 0, variance 1: (N, C, H, W) -> same. A group norm, because
-    nn.InstanceNorm2d has wrong gradients on a CPU for a single channels_last image."""
+    nn.InstanceNorm2d has wrong gradients on a CPU for N = 1 in the channels_last memory format."""
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):      # autocast would return float32
             return F.group_norm(x, num_groups=x.shape[1])
@@ -259,7 +259,7 @@ def upsample(n_in, n_out, args, kernel_size=3):
     return nn.ConvTranspose2d(n_in, n_out, kernel_size, 2, 1, output_padding)
 
 class Sequential(nn.Sequential):
-    """torch.compile 2.11 skips the forward of nn.Sequential, but compiles one in this file."""
+    """With a forward in this file: torch 2.11 does not compile the one of nn.Sequential."""
     def forward(self, x):
         return super().forward(x)
 
@@ -292,7 +292,7 @@ class ResNetGenerator(Sequential):
 class UNetGenerator(nn.Module):
     """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. Each level is a UNetGenerator: it
     halves the resolution, runs the level inside, doubles it and (level > 1) appends its input."""
-    size_multiple = 32                              # for --size; an instance needs 2**levels
+    size_multiple = 32                              # of --size; an instance pads to 2**levels
 
     def __init__(self, args, level=1, n_in=3):
         super().__init__()
@@ -337,7 +337,7 @@ class PatchDiscriminator(Sequential):
 def init_weights(module):
     """N(0, 0.02) for the kernel of a convolution (§7.1), 0 for its bias."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        for parameter in module.parameters():       # .weight would miss those of spectral_norm
+        for parameter in module.parameters():       # not .weight: spectral_norm renames it
             nn.init.normal_(parameter, 0.0, 0.02 if parameter.ndim == 4 else 0.0)
 
 # ---- 5. Image pool -------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ class ImagePool:
         self.images = []
 
     def query(self, fakes):
-        """(N, 3, H, W), detached -> same. A full pool exchanges half of them for stored ones."""
+        """(N, 3, H, W), detached -> same. Once full, swaps each with probability 1/2."""
         result = []
         for fake in fakes:
             if len(self.images) < self.size:
@@ -371,13 +371,13 @@ class ImagePool:
 # Three terms for the generators. Adversarial (Eq. 1): the output looks like the other domain, but
 # alone it would allow one such image for all inputs (collapse). Cycle (Eq. 2): translating back
 # recovers the input, but alone it would allow any reversible change, such as inverted colors.
-# Identity (§5.2): G_AB leaves a real B as it is, so it learns not to shift colors without need;
-# with a large weight it copies any input. The paper has it for paintings, its official code always.
-#   Healthy lsgan runs log D_A and D_B between 0.1 and 0.25 (0.25 is guessing), adv_AB and adv_BA
-# between 0.3 and 0.6; the cycle and identity terms, logged with their weights, fall for many
-# epochs. D_A, D_B near 0 and adv_AB, adv_BA near 1: D has won, or G copies its input.
+# Identity (§5.2): G_AB should leave a real B as it is, or else it may shift colors without need.
+# With a large weight, G copies any input. The paper uses this term for paintings, its code always.
+#   In a healthy run with lsgan, the losses D_A and D_B are between 0.1 and 0.25 (0.25 is guessing),
+# adv_AB and adv_BA between 0.3 and 0.6; the other losses fall for many epochs. If D_A and D_B are
+# near 0, and adv_AB and adv_BA near 1, then D has won, or G copies its input.
 def lsgan(scores, target):
-    """Least squares (§4, Mao et al. 2017): even a fake that fools D is pulled to the target."""
+    """Least squares (§4, Mao et al. 2017): unlike bce, it still pulls on a fake that fools D."""
     return F.mse_loss(scores, torch.full_like(scores, target))
 
 def bce(scores, target):
@@ -398,7 +398,7 @@ def ghm(scores, target, n_bins=10):
     n_in_bin = bins.bincount(minlength=n_bins)
     return (entropy / n_in_bin[bins]).sum() / (n_in_bin > 0).sum()
 
-# name: (loss of D, loss of G). With focal and ghm, G minimizes plain cross-entropy.
+# name: (loss of D, loss of G). focal and ghm reweight the patches for D only.
 GAN_LOSSES = {"lsgan": (lsgan, lsgan), "bce": (bce, bce), "focal": (focal, bce), "ghm": (ghm, bce)}
 
 class CycleGAN(nn.Module):
@@ -453,7 +453,7 @@ class CycleGAN(nn.Module):
 # ---- 7. One step ---------------------------------------------------------------------------------
 def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
     """Updates the generators, then the discriminators. Images (N, 3, H, W) in [-1, 1] -> terms."""
-    seed_torch(runtime.args.seed, step, runtime.rank)   # of the pools: resuming repeats them
+    seed_torch(runtime.args.seed, step, runtime.rank)   # for the pools: resuming repeats them
     model.D_A.requires_grad_(False)     # G's gradient passes through D, but D's own is not needed
     model.D_B.requires_grad_(False)
     with runtime.autocast():
@@ -497,7 +497,7 @@ class Runtime:
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # False in old versions
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # bool() is False
         if self.is_cuda:                # a T4 emulates bf16, slowly
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         use_bf16 = args.amp == "bf16" or (args.amp == "auto" and has_bf16)
@@ -516,7 +516,7 @@ class Runtime:
     def average_(self, tensors):
         """Replaces tensors by their means over all processes, in one all-reduce."""
         if self.world_size > 1:
-            flat = nn.utils.parameters_to_vector(tensors)       # not only for parameters
+            flat = nn.utils.parameters_to_vector(tensors)       # works for any tensors
             dist.all_reduce(flat)
             nn.utils.vector_to_parameters(flat / self.world_size, tensors)
 
@@ -548,8 +548,8 @@ def progress(start_time, done, total):
 
 @torch.no_grad()
 def save_samples(step, generators, runtime, data):
-    """Writes a grid of six items. Rows: real A, fake B, rec A, real B, fake A, rec B. Rows 2 and 5
-    are the translations; rows 3 and 6, translated back, should equal rows 1 and 4."""
+    """Writes a grid, a column per item. Rows: real A, fake B, rec A, real B, fake A, rec B. Rows 2
+    and 5 are the translations; rows 3 and 6, translated back, should equal rows 1 and 4."""
     batch = torch.utils.data.default_collate([data[n] for n in range(6)])
     real_A, real_B = [runtime.to_float(images) for images in batch]
     G_AB, G_BA = [G.forward for G in generators.values()]       # .forward is not compiled
@@ -574,7 +574,7 @@ def write_log(path, rows):
             csv.writer(file).writerows(table)
     except OSError as error:
         print(f"cannot write {path} ({error.strerror}); trying again with the next row")
-    if len(rows) % 20 == 1:
+    if len(rows) % 10 == 1:
         print(*[f"{name:>7}" for name in rows[-1]])
     step, *values = rows[-1].values()
     print(f"{step:7}", *[f"{value:7.3g}" for value in values], flush=True)
@@ -584,7 +584,7 @@ def save_checkpoint(args, generators, parts, pairs_seen, rows):
     weights = {name: G.state_dict() for name, G in generators.items()}
     states = {name: part.state_dict() for name, part in parts.items()}
     shared = {"flags": vars(args), "generators": weights}
-    # torch.save stores a tensor that is in `generators` and in `parts` only once.
+    # torch.save stores tensors that are both in `generators` and in `parts` once.
     latest = {**shared, "parts": states, "pairs_seen": pairs_seen, "rows": rows}
     write_file(f"{args.out_dir}/latest.pt", torch.save, latest)
     write_file(f"{args.out_dir}/generators.pt", torch.save, shared)
@@ -611,7 +611,7 @@ def make_optimizers(model, args):
     adam = partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
     return {"G": adam(G), "D": adam(D)}
 
-stop_signals = []       # those received; train and translate look here
+stop_signals = []       # received so far; train and translate check it
 
 def request_stop(number, _):
     """Signal handler. A second Ctrl-C ends the program at once."""
@@ -679,7 +679,7 @@ def train(args, checkpoint=None):
             if is_stopping:
                 break
     if runtime.rank == 0:
-        print(f"samples are in {args.out_dir}/samples; to continue (if finished, with --epochs):\n"
+        print(f"see {args.out_dir}/samples; to continue (if finished, with more --epochs):\n"
               f"python cyclegan.py --resume {shlex.quote(args.out_dir)}")
 
 # The rest of this section is what `train` calls before its loop.
@@ -710,12 +710,12 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, is_finished):
-    """Loads all parts of a run. Refuses changes of fixed flags; if it is finished, of any flag."""
+    """Loads all parts of a run. Refuses changed flags that are fixed; if no steps are left, all."""
     stored, states = checkpoint["flags"], checkpoint["parts"]
     fixed = {"generator", "blocks", "ngf", "ndf", "upsample", "size", "beta1", "seed", "out_dir"}
     for name, value in stored.items():
         if getattr(args, name) != value and (is_finished or name in fixed):
-            die(f"--{name} was {value} and cannot change any more; choose another --out_dir")
+            die(f"--{name} was {value} and cannot change now; start a new run in another --out_dir")
     try:
         for name in states.keys() | parts.keys():       # missing in either: KeyError
             parts[name].load_state_dict(states[name])
@@ -723,8 +723,8 @@ def restore(args, checkpoint, parts, is_finished):
         die(f"{args.out_dir}: latest.pt is from another version of cyclegan.py")
 
 def announce(args, runtime, n_images, steps, steps_per_epoch):
-    """Prints what is trained on, where, and on which schedule."""
-    if runtime.mean(n_images) != n_images:      # processes would get out of step
+    """Checks that all processes found the same images. Prints images, device and schedule."""
+    if runtime.mean(n_images) != n_images:
         die(f"this process found {n_images} images of A and B, others found more or fewer")
     epoch = (steps.start - 1) / steps_per_epoch
     if runtime.rank == 0:
@@ -800,18 +800,18 @@ def translate(argv, args):
     if errors:
         inside, share, elsewhere = torch.tensor(errors).nanmean(dim=0)
         print(f"inside the changed region: error {inside:.3f} ({share:.1%} of leaving it "
-              f"unchanged); elsewhere: error {elsewhere:.3f} (images from -1 to 1)")
+              f"unchanged); elsewhere: error {elsewhere:.3f} (images in [-1, 1])")
     return int(n_translated < len(images))
 
 def compare(x, y, truth):
-    """Input, output, ground truth -> where truth and input differ, the mean absolute error of the
-    output, and its ratio to that of the input; then the mean absolute error elsewhere."""
+    """Input, output, ground truth -> three means: |y - truth| where x differs from the truth; this
+    divided by |x - truth|; |y - truth| elsewhere."""
     changed = (x != truth).any(dim=1, keepdim=True).expand_as(x)
     error = (y - truth).abs()
     inside = error[changed].mean()
     return inside, inside / (x - truth).abs()[changed].mean(), error[~changed].mean()
 
-# Train, translate A to B, translate B to A: three commands, as \ joins lines.
+# Train, translate A to B, translate B to A: three commands in seven lines; \ joins them.
 DEMO = """\
 --dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 --generator unet --ngf 16 \
 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off --no-compile \
