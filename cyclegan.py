@@ -23,8 +23,8 @@ Where to make changes
   a new generator, a new GAN loss        a class or function, and a line in GENERATORS or GAN_LOSSES
   a new term of the objective            CycleGAN.generator_loss; the log gets a column for it
   a frozen network, such as VGG          CycleGAN.__init__; not in CycleGAN.networks
-  gradient accumulation or penalty       train_step (a penalty needs --no-compile)
-  an average of the generators           train: replace `generators`, add to `parts`
+  gradient accumulation or penalty       train_step (compiled networks have no double backward)
+  an average of the generators           train: copies as `generators`, and in `parts`
   augmentation, schedule, logging        preprocess, lr_at, write_log
 """
 import argparse
@@ -79,14 +79,14 @@ def get_args(argv=None, stored=None):
             options["choices"] = default
             default = default[0]
         else:
-            options["type"] = path if default is None else type(default)
+            options["type"] = path if default is None else type(default)    # None: a path
         if default is not None:
             help += f" (default: {default})"
         group.add_argument(f"--{name}", default=default, help=help, **options)
 
     group = parser.add_argument_group("run")
-    add("mode", ["train", "translate"], "may be omitted: --checkpoint implies translate")
-    add("demo", False, "train on drawn toy faces, print the error on unseen ones")
+    add("mode", ["train", "translate"], "may be omitted: --checkpoint always means translate")
+    add("demo", False, "train on synthetic toy faces, print the error on unseen ones")
     add("out_dir", None, "folder of the run (default: runs/<A>2<B>)")
     add("resume", None, "folder of a run to continue; needs no other flag")
     add("seed", 0, "seed for weights, order of data, augmentation and pools")
@@ -181,7 +181,8 @@ def read_image(path):
         return None
 
 def preprocess(image, args, augment=False):
-    """PIL RGB of any size -> (3, size, size) uint8. Augmentation crops and mirrors at random."""
+    """PIL RGB of any size -> (3, size, size) uint8, with --native (3, H, W). Augmentation crops and
+    mirrors at random."""
     if args.native and not augment:
         return TF.pil_to_tensor(image)
     side = args.load_size if augment else args.size
@@ -242,12 +243,12 @@ def load_batches(data, steps, runtime):
 # ---- 3. Generators -------------------------------------------------------------------------------
 # Image in, image out: (N, 3, H, W) in [-1, 1], fully convolutional. Three choices of the paper:
 # reflection padding at full size and in the blocks, because a border of zeros would show; instance
-# norm, because contrast belongs to an image and not to a batch; tanh, for the range of the images.
+# norm, because each image has its own contrast; tanh, for the range of the images.
 class InstanceNorm(nn.Module):
     """Each channel of an image to mean 0, variance 1: (N, C, H, W) -> same. A group norm, because
     nn.InstanceNorm2d has wrong gradients on a CPU for N = 1 in the channels_last memory format."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # autocast would return float32
+        with torch.autocast(x.device.type, enabled=False):      # autocast would upcast it
             return F.group_norm(x, num_groups=x.shape[1])
 
 def upsample(n_in, n_out, args, kernel_size=3):
@@ -259,7 +260,7 @@ def upsample(n_in, n_out, args, kernel_size=3):
     return nn.ConvTranspose2d(n_in, n_out, kernel_size, 2, 1, output_padding)
 
 class Sequential(nn.Sequential):
-    """With a forward in this file: torch 2.11 does not compile the one of nn.Sequential."""
+    """torch 2.11 does not compile the forward of nn.Sequential, but does through this one."""
     def forward(self, x):
         return super().forward(x)
 
@@ -292,7 +293,7 @@ class ResNetGenerator(Sequential):
 class UNetGenerator(nn.Module):
     """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. Each level is a UNetGenerator: it
     halves the resolution, runs the level inside, doubles it and (level > 1) appends its input."""
-    size_multiple = 32                              # of --size; an instance pads to 2**levels
+    size_multiple = 32                              # for --size; images then need 2**levels
 
     def __init__(self, args, level=1, n_in=3):
         super().__init__()
@@ -311,7 +312,7 @@ class UNetGenerator(nn.Module):
             y = self.inside(self.down(x))           # (N, 2n,   H/2, W/2)
             return self.up(y.relu()).tanh()         # (N, 3,    H,   W)
         y = self.down(F.leaky_relu(x, 0.2))         # (N, n,    H/2, W/2)
-        if self.inside is not None:                 # no norm innermost, where 1x1 would become 0
+        if self.inside is not None:                 # innermost no norm: it zeroes 1x1 maps
             y = self.inside(self.norm(y))           # (N, 2n,   H/2, W/2)
         y = self.norm(self.up(y.relu()))            # (N, n_in, H,   W)
         return torch.cat([x, y], dim=1)             # (N, 2n_in, H,  W)
@@ -326,18 +327,18 @@ class PatchDiscriminator(Sequential):
     """The 70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores; a sigmoid is up to the loss."""
     def __init__(self, args):
         n = args.ndf
-        norm_relu = [InstanceNorm(), nn.LeakyReLU(0.2)]
-        super().__init__(                                               # (N,   3, H,     W)
-            nn.Conv2d(3, n, 4, stride=2, padding=1), nn.LeakyReLU(0.2), # (N,  64, H/2,   W/2)
-            nn.Conv2d(n, 2 * n, 4, stride=2, padding=1), *norm_relu,    # (N, 128, H/4,   W/4)
-            nn.Conv2d(2 * n, 4 * n, 4, stride=2, padding=1), *norm_relu, # (N, 256, H/8,   W/8)
-            nn.Conv2d(4 * n, 8 * n, 4, stride=1, padding=1), *norm_relu, # (N, 512, H/8-1, W/8-1)
-            nn.Conv2d(8 * n, 1, 4, stride=1, padding=1))                # (N,   1, H/8-2, W/8-2)
+        norm_act = [InstanceNorm(), nn.LeakyReLU(0.2)]
+        super().__init__(                                                # (N,   3, H,     W)
+            nn.Conv2d(3, n, 4, stride=2, padding=1), nn.LeakyReLU(0.2),  # (N,  64, H/2,   W/2)
+            nn.Conv2d(n, 2 * n, 4, stride=2, padding=1), *norm_act,      # (N, 128, H/4,   W/4)
+            nn.Conv2d(2 * n, 4 * n, 4, stride=2, padding=1), *norm_act,  # (N, 256, H/8,   W/8)
+            nn.Conv2d(4 * n, 8 * n, 4, stride=1, padding=1), *norm_act,  # (N, 512, H/8-1, W/8-1)
+            nn.Conv2d(8 * n, 1, 4, stride=1, padding=1))                 # (N,   1, H/8-2, W/8-2)
 
 def init_weights(module):
     """N(0, 0.02) for the kernel of a convolution (§7.1), 0 for its bias."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        for parameter in module.parameters():       # not .weight: spectral_norm renames it
+        for parameter in module.parameters():       # std 0: all 0; a bias has one dimension
             nn.init.normal_(parameter, 0.0, 0.02 if parameter.ndim == 4 else 0.0)
 
 # ---- 5. Image pool -------------------------------------------------------------------------------
@@ -390,7 +391,7 @@ def focal(scores, target):
 
 def ghm(scores, target, n_bins=10):
     """GHM-C, Li et al. 2019, Eq. 7: cross-entropy averaged within bins of similar gradient
-    |p - target|, then over the bins, so neither many easy patches nor a few outliers dominate."""
+    |p - target|, then over the bins, so that a crowd of easy patches counts as one bin."""
     targets = torch.full_like(scores, target)
     entropy = F.binary_cross_entropy_with_logits(scores, targets, reduction="none").flatten()
     gradient = (scores.detach().sigmoid() - target).abs().flatten()
@@ -453,13 +454,13 @@ class CycleGAN(nn.Module):
 # ---- 7. One step ---------------------------------------------------------------------------------
 def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
     """Updates the generators, then the discriminators. Images (N, 3, H, W) in [-1, 1] -> terms."""
-    seed_torch(runtime.args.seed, step, runtime.rank)   # for the pools: resuming repeats them
+    seed_torch(runtime.args.seed, step, runtime.rank)   # a resumed run repeats the pools' draws
     model.D_A.requires_grad_(False)     # G's gradient passes through D, but D's own is not needed
     model.D_B.requires_grad_(False)
     with runtime.autocast():
         loss, terms_G, fake_A, fake_B = model.generator_loss(real_A, real_B)
     loss.backward()
-    runtime.step(optimizers["G"])       # averages over processes, updates, zeroes the gradients
+    runtime.step(optimizers["G"])       # averages over processes, updates, frees the gradients
 
     model.D_A.requires_grad_(True)
     model.D_B.requires_grad_(True)
@@ -497,7 +498,7 @@ class Runtime:
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # bool() is False
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # absent: bool()
         if self.is_cuda:                # a T4 emulates bf16, slowly
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         use_bf16 = args.amp == "bf16" or (args.amp == "auto" and has_bf16)
@@ -552,7 +553,7 @@ def save_samples(step, generators, runtime, data):
     and 5 are the translations; rows 3 and 6, translated back, should equal rows 1 and 4."""
     batch = torch.utils.data.default_collate([data[n] for n in range(6)])
     real_A, real_B = [runtime.to_float(images) for images in batch]
-    G_AB, G_BA = [G.forward for G in generators.values()]       # .forward is not compiled
+    G_AB, G_BA = [G.forward for G in generators.values()]       # .forward: not compiled
     with runtime.autocast():
         fake_B, fake_A = G_AB(real_A), G_BA(real_B)
         grid = [real_A, fake_B, G_BA(fake_B), real_B, fake_A, G_AB(fake_A)]
@@ -584,7 +585,6 @@ def save_checkpoint(args, generators, parts, pairs_seen, rows):
     weights = {name: G.state_dict() for name, G in generators.items()}
     states = {name: part.state_dict() for name, part in parts.items()}
     shared = {"flags": vars(args), "generators": weights}
-    # torch.save stores tensors that are both in `generators` and in `parts` once.
     latest = {**shared, "parts": states, "pairs_seen": pairs_seen, "rows": rows}
     write_file(f"{args.out_dir}/latest.pt", torch.save, latest)
     write_file(f"{args.out_dir}/generators.pt", torch.save, shared)
@@ -607,7 +607,7 @@ def make_optimizers(model, args):
     G = [*model.G_AB.parameters(), *model.G_BA.parameters()]
     D = [*model.D_A.parameters(), *model.D_B.parameters()]
     n_trainable = sum(parameter.requires_grad for parameter in model.parameters())
-    assert n_trainable == len(G) + len(D), "trainable parameters and those of optimizers differ"
+    assert n_trainable == len(G) + len(D), "a trainable parameter has no optimizer; freeze it?"
     adam = partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
     return {"G": adam(G), "D": adam(D)}
 
@@ -620,7 +620,7 @@ def request_stop(number, _):
     os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to stop without saving\n")
 
 def train(args, checkpoint=None):
-    """Trains from scratch, or on from a checkpoint; writes into args.out_dir."""
+    """Trains from scratch or continues from a checkpoint; writes into args.out_dir."""
     runtime, data = Runtime(args), UnpairedImages(args)
     torch.manual_seed(args.seed)        # the same initial weights in every process
     model = CycleGAN(args).to(runtime.device)
@@ -710,7 +710,7 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, is_finished):
-    """Loads all parts of a run. Refuses changed flags that are fixed; if no steps are left, all."""
+    """Loads all parts of a run. Refuses to change a fixed flag; if no steps are left, any flag."""
     stored, states = checkpoint["flags"], checkpoint["parts"]
     fixed = {"generator", "blocks", "ngf", "ndf", "upsample", "size", "beta1", "seed", "out_dir"}
     for name, value in stored.items():
@@ -730,7 +730,7 @@ def announce(args, runtime, n_images, steps, steps_per_epoch):
     if runtime.rank == 0:
         print(f"{args.out_dir}: {n_images} images of [A, B], on {runtime.device}; {args.epochs} "
               f"epochs at learning rate {args.lr}, then {args.epochs_decay} down to 0; starting at "
-              f"epoch {epoch:.2f}, {lr_at(epoch, args):.2g}; {len(steps)} steps to go")
+              f"epoch {epoch:.2f}, rate {lr_at(epoch, args):.2g}; {len(steps)} steps to go")
     if args.size >= 256 and runtime.device.type == "cpu":
         print("without a GPU this takes days: try --size 64, or --demo")
 
@@ -738,18 +738,20 @@ def announce(args, runtime, n_images, steps, steps_per_epoch):
 # One generator is enough: the other one and the discriminators were only needed to train it.
 def load_generators(path, argv=()):
     """-> {"G_AB": network, "G_BA": network} on the CPU, and the run's flags, overridden by argv.
-    Other CycleGAN code: one generator, which argv must describe; layers match by their order."""
+    A checkpoint of other CycleGAN code has one generator, whose flags argv must give."""
     checkpoint = load_checkpoint(path)
-    args, generators = get_args(argv, checkpoint.get("flags")), {}
-    for name, state in checkpoint.get("generators", {"G_AB": checkpoint}).items():
-        generators[name] = GENERATORS[args.generator](args)
-        try:
-            if "generators" not in checkpoint:
+    args = get_args(argv, checkpoint.get("flags"))
+    states = checkpoint.get("generators", {"G_AB": checkpoint})
+    generators = {name: GENERATORS[args.generator](args) for name in states}
+    try:
+        for name, G in generators.items():
+            state = states[name]
+            if state is checkpoint:     # other code: the order of layers is the same, names differ
                 weights = [w for key, w in state.items() if key.endswith(("weight", "bias"))]
-                state = dict(zip(generators[name].state_dict(), weights, strict=True))
-            generators[name].load_state_dict(state)
-        except (RuntimeError, ValueError):
-            die(f"{path} does not fit --generator {args.generator}, --blocks, --ngf and --size")
+                state = dict(zip(G.state_dict(), weights, strict=True))
+            G.load_state_dict(state)
+    except (RuntimeError, ValueError):
+        die(f"{path} does not fit --generator {args.generator}, --blocks, --ngf and --size")
     return generators, args
 
 def translate_any(G, x):
@@ -804,14 +806,14 @@ def translate(argv, args):
     return int(n_translated < len(images))
 
 def compare(x, y, truth):
-    """Input, output, ground truth -> three means: |y - truth| where x differs from the truth; this
-    divided by |x - truth|; |y - truth| elsewhere."""
+    """Input, output, ground truth -> mean |y - truth| where x differs from the truth; its ratio to
+    mean |x - truth| there; mean |y - truth| elsewhere."""
     changed = (x != truth).any(dim=1, keepdim=True).expand_as(x)
     error = (y - truth).abs()
     inside = error[changed].mean()
     return inside, inside / (x - truth).abs()[changed].mean(), error[~changed].mean()
 
-# Train, translate A to B, translate B to A: three commands in seven lines; \ joins them.
+# Three commands: train, translate A to B, translate B to A. \ joins lines.
 DEMO = """\
 --dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 --generator unet --ngf 16 \
 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off --no-compile \
@@ -838,7 +840,8 @@ def demo(argv, args):
 
 def main(argv):
     """Runs a command line, given as a list of words. Returns its exit status."""
-    args, checkpoint = get_args(argv), None
+    args = get_args(argv)
+    checkpoint = None
     if args.demo:
         return demo(argv, args)
     if args.mode == "translate" or args.checkpoint:
