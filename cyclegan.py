@@ -119,7 +119,7 @@ def get_args(argv=None, stored=None):
     add("beta1", 0.5, "first beta of Adam")
     group = parser.add_argument_group("speed")
     add("amp", ["auto", "bf16", "off"], "mixed precision; auto: bf16 if the hardware has it")
-    add("compile", torch.cuda.is_available(), "torch.compile; on by default where CUDA is available")
+    add("compile", torch.cuda.is_available(), "torch.compile; the default depends on CUDA")
     group = parser.add_argument_group("output")
     add("log_every", 100, "steps between rows of the log")
     add("sample_every", 500, "steps between sample grids")

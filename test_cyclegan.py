@@ -5,7 +5,7 @@ code, and the benchmark.
   pytest                                           all tests; no GPU and no network needed
   python test_cyclegan.py --official DIR           compares with a clone of the official code
   python test_cyclegan.py --bench --size 128       times cyclegan.py and the textbook step
-  python test_cyclegan.py --gpu DIR                tests, benchmark and profile on a CUDA device
+  python test_cyclegan.py --gpu DIR                benchmark and profile on a CUDA device
 """
 import argparse
 import contextlib
@@ -258,7 +258,7 @@ def refusal(words, capsys, program=cyclegan):
     with pytest.raises(SystemExit, match="2"):
         program.main(words.split())
     line, = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{program.__name__}.py: ") and len(line) < 600
+    assert line.startswith(f"{program.__name__}.py: ")
     return line
 
 def test_help_begins_with_the_commands_and_states_every_default(capsys):
@@ -299,7 +299,7 @@ def test_a_path_becomes_absolute_and_the_home_folder_is_expanded(monkeypatch):
 def levels_apart(image, other):
     return np.abs(np.array(image, float) - np.array(other)).max()
 
-def test_images_are_found_in_all_folders_but_hidden_ones(tmp_path):
+def test_images_are_found_in_all_folders_but_hidden_ones(tmp_path, capsys):
     images = {"A B.JPG": "A B", "sub/x.y.webp": "sub/x.y", "ü [1]/☃.tiff": "ü [1]/☃"}
     for name in [*images, ".z.png", ".hidden/z.png", "notes.txt"]:
         path = tmp_path / name
@@ -308,7 +308,7 @@ def test_images_are_found_in_all_folders_but_hidden_ones(tmp_path):
     os.symlink(".", tmp_path / "link")          # not followed: this one would never end
     found = cyclegan.find_images([tmp_path])
     assert found == {tmp_path / name: Path(short) for name, short in images.items()}
-    assert list(found) == sorted(found)         # the same order on every machine
+    assert list(found) == sorted(found) and "skipped 1 files" in capsys.readouterr().out
 
 @pytest.mark.parametrize("name, mode", [
     ("x.png", "L"), ("x.png", "LA"), ("x.png", "RGBA"), ("x.jpg", "CMYK")])
@@ -453,8 +453,7 @@ def test_instance_norm_has_the_same_gradients_in_channels_last():
     assert distance(*results) < 1e-10
 
 def test_instance_norm_stays_in_bf16_on_cuda():
-    """On tensors without values, so that it needs no GPU."""
-    with torch._subclasses.FakeTensorMode():
+    with torch._subclasses.FakeTensorMode():        # needs no GPU: its tensors have no values
         x = torch.zeros(1, 2, 4, 4, dtype=torch.bfloat16, device="cuda")
         torch.set_autocast_enabled("cuda", True)
         dtypes = [cyclegan.InstanceNorm()(x).dtype, F.group_norm(x, 2).dtype]
@@ -477,10 +476,10 @@ def test_a_full_pool_exchanges_each_fake_with_probability_one_half_and_loses_non
     torch.manual_seed(0)
     pool = cyclegan.ImagePool(3)
     pool.query(numbered_fakes(0, 1, 2))
-    fakes = numbered_fakes(*range(3, 2003))
+    fakes = numbered_fakes(*range(3, 9003))
     returned = pool.query(fakes)
-    assert 900 < (returned != fakes).sum() < 1100
-    assert sorted(torch.cat([returned, torch.stack(pool.images)])) == list(range(2003))
+    assert 4300 < (returned != fakes).sum() < 4700
+    assert sorted(torch.cat([returned, torch.stack(pool.images)])) == list(range(9003))
 
 # ---- The objective and the step ------------------------------------------------------------------
 each_gan_loss = pytest.mark.parametrize("gan_loss", ["lsgan", "bce", "focal", "ghm"])
@@ -665,6 +664,13 @@ def test_a_row_of_the_log_holds_the_means_since_the_row_before(data):
         run(f"{TRAIN} --max_steps 4 --log_every {n} --out_dir every_{n}")
         losses[n] = [row["D_A"] for row in load(f"every_{n}/latest.pt")["rows"]]
     assert losses[2] == pytest.approx([np.mean(losses[1][:2]), np.mean(losses[1][2:])])
+
+def test_a_terminal_shows_the_time_left_and_a_cpu_is_too_slow(data, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    run(f"{TRAIN} --max_steps 6")
+    run(f"{TRAIN} --size 256 --load_size 256 --max_steps 0 --out_dir large")
+    text = capsys.readouterr().out
+    assert "4/6" not in text and "5/6, 0.00 hours left" in text and "try --size 64" in text
 
 def test_a_locked_log_is_a_warning_and_costs_no_rows(data, monkeypatch, capsys):
     os.makedirs("run/log.csv")
@@ -1038,7 +1044,6 @@ def apply_fork(name):
 
 @pytest.fixture
 def wandb(data, monkeypatch):
-    """Stands in for what forks import or download."""
     write_images("b", 7, seed=2)        # as many as in a, for pairs
     vgg = types.SimpleNamespace(features=nn.Sequential(nn.Conv2d(3, 4, 3)))
     monkeypatch.setattr("torchvision.models.vgg16", lambda weights: vgg)
@@ -1248,7 +1253,6 @@ def test_bad_input_is_one_line_and_changes_nothing_in_files(celeba, capsys, case
     assert modification_times("files") == before
 
 def read_faces(folder):
-    """-> (n, size, size, 3) pixels of the images in a folder of files/toy."""
     paths = sorted(Path("files/toy", folder).iterdir())
     return np.array([np.array(Image.open(path), int) for path in paths])
 
@@ -1467,7 +1471,6 @@ def bench(words, rounds):
           " as the textbook step", flush=True)
 
 def measure_gpu(folder):
-    """Writes what only a GPU can tell into a folder. -> exit status of the tests."""
     os.makedirs(folder, exist_ok=True)
     with open(f"{folder}/bench.txt", "w") as file, contextlib.redirect_stdout(file):
         for batch_size in (1, 4, 16):
@@ -1478,9 +1481,6 @@ def measure_gpu(folder):
         seconds_per_step(take_step, 1)
     table = profile.key_averages().table(sort_by="self_device_time_total", row_limit=15)
     Path(folder, "profile.txt").write_text(table)
-    with open(f"{folder}/tests.txt", "w") as file:
-        command = [sys.executable, "-m", "pytest", "-v", "-k", "cuda", __file__]
-        return subprocess.run(command, stdout=file, stderr=file).returncode
 
 def main(argv):
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
@@ -1494,7 +1494,7 @@ def main(argv):
         return compare_with_official(args.official)
     if args.gpu:
         return measure_gpu(args.gpu)
-    return bench(" ".join(rest), args.rounds)
+    bench(" ".join(rest), args.rounds)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))
