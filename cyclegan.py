@@ -119,7 +119,7 @@ def get_args(argv=None, stored=None):
     add("beta1", 0.5, "first beta of Adam")
     group = parser.add_argument_group("speed")
     add("amp", ["auto", "bf16", "off"], "mixed precision; auto: bf16 if the hardware has it")
-    add("compile", torch.cuda.is_available(), "torch.compile; the default depends on CUDA")
+    add("compile", torch.cuda.is_available(), "torch.compile; on by default only with CUDA")
     group = parser.add_argument_group("output")
     add("log_every", 100, "steps between rows of the log")
     add("sample_every", 500, "steps between sample grids")
@@ -132,7 +132,7 @@ def get_args(argv=None, stored=None):
     add("direction", ["AtoB", "BtoA"], "which generator to use")
     add("native", False, "translate at each image's own size instead of --size")
     add("round_trip", False, "also write NAME_back.png, translated there and back")
-    add("truth", None, "folders of true images of the same names: print the error", nargs="+")
+    add("truth", None, "folders of true images with the same names: print the error", nargs="+")
 
     known = vars(parser.parse_args([])).keys()
     if stored is not None and stored.keys() != known:
