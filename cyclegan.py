@@ -730,7 +730,7 @@ def announce(args, runtime, n_images, steps, steps_per_epoch):
     if runtime.rank == 0:
         print(f"{args.out_dir}: {n_images} images of [A, B], on {runtime.device}; {args.epochs} "
               f"epochs at learning rate {args.lr}, then {args.epochs_decay} down to 0; starting at "
-              f"epoch {epoch:.2f}, rate {lr_at(epoch, args):.2g}; {len(steps)} steps to go")
+              f"epoch {epoch:.2f}, lr {lr_at(epoch, args):.2g}; {len(steps)} steps to go")
     if args.size >= 256 and runtime.device.type == "cpu":
         print("without a GPU this takes days: try --size 64, or --demo")
 
