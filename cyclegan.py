@@ -23,8 +23,8 @@ Where to make changes
   a new generator, a new GAN loss        a class or function, and a line in GENERATORS or GAN_LOSSES
   a new term of the objective            CycleGAN.generator_loss; the log gets a column for it
   a frozen network, such as VGG          CycleGAN.__init__; not in CycleGAN.networks
-  gradient accumulation or penalty       train_step (compiled networks have no double backward)
-  an average of the generators           train: copies as `generators`, and in `parts`
+  gradient accumulation or penalty       train_step (a penalty needs --no-compile)
+  an average of the generators           train: put the copies in `generators` and `parts`
   augmentation, schedule, logging        preprocess, lr_at, write_log
 """
 import argparse
@@ -85,7 +85,7 @@ def get_args(argv=None, stored=None):
         group.add_argument(f"--{name}", default=default, help=help, **options)
 
     group = parser.add_argument_group("run")
-    add("mode", ["train", "translate"], "not needed: --checkpoint implies translate")
+    add("mode", ["train", "translate"], "translate is implied by --checkpoint")
     add("demo", False, "train on synthetic toy faces, print the error on unseen ones")
     add("out_dir", None, "folder of the run (default: runs/<A>2<B>)")
     add("resume", None, "folder of a run to continue; needs no other flag")
@@ -188,11 +188,11 @@ def preprocess(image, args, augment=False):
     side = args.load_size if augment else args.size
     new_size = side if args.resize == "crop" else (side, side)      # an int: the shorter side
     image = TF.resize(image, new_size, T.InterpolationMode.BICUBIC)
-    if augment:
-        image = T.RandomCrop(args.size)(image)
+    crop = T.RandomCrop if augment else T.CenterCrop
+    image = crop(args.size)(image)
     if augment and args.flip:
         image = T.RandomHorizontalFlip()(image)
-    return TF.pil_to_tensor(TF.center_crop(image, args.size))
+    return TF.pil_to_tensor(image)
 
 def seed_torch(*key):
     """Seeds torch: the same key, such as (seed, step, rank), gives the same random numbers."""
@@ -260,7 +260,7 @@ def upsample(n_in, n_out, args, kernel_size=3):
     return nn.ConvTranspose2d(n_in, n_out, kernel_size, 2, 1, output_padding)
 
 class Sequential(nn.Sequential):
-    """torch 2.11 does not compile the forward of nn.Sequential, but does through this one."""
+    """Has a forward of its own, because torch 2.11 does not compile that of nn.Sequential."""
     def forward(self, x):
         return super().forward(x)
 
@@ -293,7 +293,7 @@ class ResNetGenerator(Sequential):
 class UNetGenerator(nn.Module):
     """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. Each level is a UNetGenerator: it
     halves the resolution, runs the level inside, doubles it and (level > 1) appends its input."""
-    size_multiple = 32                              # for --size; images then need 2**levels
+    size_multiple = 32                              # checks --size; __init__ sets 2**levels
 
     def __init__(self, args, level=1, n_in=3):
         super().__init__()
@@ -338,7 +338,7 @@ class PatchDiscriminator(Sequential):
 def init_weights(module):
     """N(0, 0.02) for the kernel of a convolution (§7.1), 0 for its bias."""
     if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
-        for parameter in module.parameters():       # std 0: all 0; a bias has one dimension
+        for parameter in module.parameters():       # a bias, ndim 1, gets std 0: zeros
             nn.init.normal_(parameter, 0.0, 0.02 if parameter.ndim == 4 else 0.0)
 
 # ---- 5. Image pool -------------------------------------------------------------------------------
@@ -454,7 +454,7 @@ class CycleGAN(nn.Module):
 # ---- 7. One step ---------------------------------------------------------------------------------
 def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
     """Updates the generators, then the discriminators. Images (N, 3, H, W) in [-1, 1] -> terms."""
-    seed_torch(runtime.args.seed, step, runtime.rank)   # a resumed run repeats the pools' draws
+    seed_torch(runtime.args.seed, step, runtime.rank)   # resumed, the pools draw as before
     model.D_A.requires_grad_(False)     # G's gradient passes through D, but D's own is not needed
     model.D_B.requires_grad_(False)
     with runtime.autocast():
@@ -498,7 +498,7 @@ class Runtime:
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
         if self.world_size > 1 and not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # absent: bool()
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", bool)()  # absent: False
         if self.is_cuda:                # a T4 emulates bf16, slowly
             has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         use_bf16 = args.amp == "bf16" or (args.amp == "auto" and has_bf16)
@@ -710,12 +710,12 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, is_finished):
-    """Loads all parts of a run. Refuses to change a fixed flag; if no steps are left, any flag."""
+    """Loads all parts of a run. Refuses a changed flag if it is fixed, or if no steps are left."""
     stored, states = checkpoint["flags"], checkpoint["parts"]
     fixed = {"generator", "blocks", "ngf", "ndf", "upsample", "size", "beta1", "seed", "out_dir"}
     for name, value in stored.items():
         if getattr(args, name) != value and (is_finished or name in fixed):
-            die(f"--{name} was {value} and cannot change now; start a new run in another --out_dir")
+            die(f"--{name} was {value} and is fixed, or no steps are left; choose a new --out_dir")
     try:
         for name in states.keys() | parts.keys():       # missing in either: KeyError
             parts[name].load_state_dict(states[name])
@@ -735,7 +735,7 @@ def announce(args, runtime, n_images, steps, steps_per_epoch):
         print("without a GPU this takes days: try --size 64, or --demo")
 
 # ---- 11. Translate -------------------------------------------------------------------------------
-# One generator is enough: the other one and the discriminators were only needed to train it.
+# One generator is enough, but for --round_trip: the rest was only needed to train it.
 def load_generators(path, argv=()):
     """-> {"G_AB": network, "G_BA": network} on the CPU, and the run's flags, overridden by argv.
     A checkpoint of other CycleGAN code has one generator, whose flags argv must give."""
@@ -746,7 +746,7 @@ def load_generators(path, argv=()):
     try:
         for name, G in generators.items():
             state = states[name]
-            if state is checkpoint:     # other code: the order of layers is the same, names differ
+            if state is checkpoint:     # the file is one state dict: same order, other names
                 weights = [w for key, w in state.items() if key.endswith(("weight", "bias"))]
                 state = dict(zip(G.state_dict(), weights, strict=True))
             G.load_state_dict(state)
@@ -849,7 +849,7 @@ def main(argv):
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
         flags = checkpoint.get("flags", {})
-        flags["out_dir"] = args.resume      # the folder may have been moved
+        flags["out_dir"] = args.resume      # in the checkpoint, too: it may have moved
         args = get_args(argv, flags)
         args.resume = None                  # not stored
     train(args, checkpoint)
