@@ -636,13 +636,13 @@ def test_red_squares_become_blue(data):
     write_images("red", 30, (230, 30, 30), size=(32, 32), seed=1)
     write_images("blue", 30, (30, 30, 230), size=(32, 32), seed=2)
     run(f"{SMALL} --dataA red --dataB blue --out_dir run --load_size 32 --ngf 8 --ndf 4 --amp off "
-        "--upsample nearest --batch_size 2 --lr 6e-3 --max_steps 40")
+        "--upsample nearest --batch_size 2 --lr 4e-3 --max_steps 60")
     run("--checkpoint run/generators.pt --input red --output out --device cpu")
     for i in range(4):
         before = np.array(Image.open(f"red/{i:03}.png"), dtype=int)
         after = np.array(Image.open(f"out/{i:03}.png"), dtype=int)
         square = before[..., 0] == 230
-        assert (after[square][:, 2] > after[square][:, 0] + 60).mean() > 0.85, "red becomes blue"
+        assert (after[square][:, 2] > after[square][:, 0] + 60).mean() > 0.9, "red becomes blue"
         assert np.abs(after - before)[~square].mean() < 45, "the rest stays as it was"
 
 def test_a_run_writes_checkpoints_and_samples_and_prints_its_plan_and_log(work):
