@@ -2,11 +2,11 @@
 
     python prepare_celeba.py             # CelebA by hair color: files/black and files/blond
     python prepare_celeba.py --test 500  # the last 500 of each in files/black_test, blond_test
-    python prepare_celeba.py --A Eyeglasses --B -Eyeglasses --where Male=1  # men with, without it
+    python prepare_celeba.py --A Eyeglasses --B -Eyeglasses --where Male=1  # men, two folders
     python prepare_celeba.py --toy 400   # no CelebA at hand: draw 400 faces of each in files/toy
 
 CelebA (202,599 faces, 40 attributes) is for non-commercial research. The same command again changes
-nothing, or finishes what was interrupted; another --test moves images between the folders.
+nothing, or finishes what was interrupted; a new --test moves images between training and test.
 """
 import argparse
 import os
@@ -39,13 +39,13 @@ def get_args(argv=None):
     add = parser.add_argument_group("CelebA").add_argument
     add("--images", nargs=1, default=["files/img_align_celeba", "files/img_align_celeba.zip"],
         help="folder of images, or a zip (default: the first that exists of %(default)s)")
-    add("--attributes", nargs=1, help="list, or a zip with it (default: the first of %(default)s)",
+    add("--attributes", nargs=1, help="table, or a zip of it (default: the first of %(default)s)",
         default=["files/list_attr_celeba.csv", "files/list_attr_celeba.txt",
                  "files/list_attr_celeba.csv.zip", "files/list_attr_celeba.txt.zip"])
 
     add = parser.add_argument_group("choosing images").add_argument
-    add("--A", default="Black_Hair", help="attribute of domain A; -NAME: without it (%(default)s)")
-    add("--B", default="Blond_Hair", help="attribute of domain B; -NAME: without it (%(default)s)")
+    add("--A", default="Black_Hair", help="attribute of A; -NAME negates it (default: %(default)s)")
+    add("--B", default="Blond_Hair", help="attribute of B; -NAME negates it (default: %(default)s)")
     add("--where", default=[], action="append",
         help="use only images with (NAME=1) or without (NAME=0) an attribute; can be repeated")
     add("--test", type=count,
@@ -61,8 +61,8 @@ def get_args(argv=None):
              "editing a linked image changes the original; where they fail, images are copied")
 
     add = parser.add_argument_group("toy faces").add_argument
-    add("--toy", type=count, help="draw this many faces of each domain in OUT/toy, and --test "
-        "pairs, instead of sorting CelebA. Faces of earlier runs stay")
+    add("--toy", type=count, help="instead of sorting CelebA, draw this many faces of each domain "
+        "into OUT/toy, and as many people as --test says with both hair colors, for testing")
 
     # argparse takes the "-Eyeglasses" of "--B -Eyeglasses" for a flag, so join the two by "=".
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -199,8 +199,7 @@ class Textbook(nn.Module):
         self.D = nn.ModuleList([self.D_A, self.D_B])
         self.adam_G = torch.optim.Adam(self.G.parameters(), args.lr, (args.beta1, 0.999))
         self.adam_D = torch.optim.Adam(self.D.parameters(), args.lr, (args.beta1, 0.999))
-        self.pool_A = cyclegan.ImagePool(args.pool_size)
-        self.pool_B = cyclegan.ImagePool(args.pool_size)
+        self.pool_A, self.pool_B = [], []
 
     def load(self, model):
         """Takes over weights, precision and device of a cyclegan.CycleGAN."""
@@ -240,8 +239,8 @@ class Textbook(nn.Module):
         self.adam_G.zero_grad()
         loss_G.backward(inputs=[*self.G.parameters()])
         self.adam_G.step()
-        fake_A = self.pool_A.query(fake_A)
-        fake_B = self.pool_B.query(fake_B)
+        fake_A = cyclegan.query_pool(self.pool_A, self.args.pool_size, fake_A)
+        fake_B = cyclegan.query_pool(self.pool_B, self.args.pool_size, fake_B)
         loss_D = self.discriminator_loss(real_A, real_B, fake_A, fake_B)
         self.adam_D.zero_grad()
         loss_D.backward(inputs=[*self.D.parameters()])
@@ -283,10 +282,6 @@ def test_a_number_is_refused_outside_its_range(name, capsys):
     for value in values:
         assert f"--{name}" in refusal(f"--dataA a --dataB b --{name}={value}", capsys)
 
-def test_typed_flags_override_stored_ones_and_these_the_defaults():
-    args = cyclegan.get_args(["--lr=0.25"], vars(flags("--ngf 2 --lr 0.5")))
-    assert (args.lr, args.ngf) == (0.25, 2)
-
 def test_the_load_size_follows_the_size_unless_it_is_typed():
     assert (flags("--size 128").load_size, flags("--load_size 260").load_size) == (143, 260)
 
@@ -299,14 +294,14 @@ def test_a_path_becomes_absolute_and_the_home_folder_is_expanded(monkeypatch):
 def levels_apart(image, other):
     return np.abs(np.array(image, float) - np.array(other)).max()
 
-def test_images_are_found_in_all_folders_but_hidden_ones(tmp_path, capsys):
+def test_images_are_found_in_all_folders_but_hidden_files_are_not(tmp_path, capsys):
     images = {"A B.JPG": "A B", "sub/x.y.webp": "sub/x.y", "ü [1]/☃.tiff": "ü [1]/☃"}
-    for name in [*images, ".z.png", ".hidden/z.png", "notes.txt"]:
+    for name in [*images, ".z.png", "notes.txt"]:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
     os.symlink(".", tmp_path / "link")          # not followed: this one would never end
-    found = cyclegan.find_images([tmp_path])
+    found = cyclegan.find_images([tmp_path], "out")
     assert found == {tmp_path / name: Path(short) for name, short in images.items()}
     assert list(found) == sorted(found) and "skipped 1 files" in capsys.readouterr().out
 
@@ -372,13 +367,13 @@ def test_an_item_is_a_function_of_seed_and_place_alone(data, workers):
     images = cyclegan.UnpairedImages(args)
     images.paths_B = images.paths_B[:1]         # so that only its crops differ
     torch.manual_seed(workers)                  # must not matter
-    batches = cyclegan.load_batches(images, range(3, 9), cyclegan.Runtime(args))
-    for n, batch in enumerate(batches, 2):
-        item = torch.stack(images[n])
+    batches = cyclegan.load_batches(images, 2, 8, cyclegan.Runtime(args))
+    for step, *batch in batches:
+        item = torch.stack(images[step - 1])
         assert torch.equal(torch.cat(batch), item / 127.5 - 1)
-    assert not torch.equal(item[1], images[n - 1][1])
+    assert not torch.equal(item[1], images[step - 2][1])
     args.seed = 1
-    assert not torch.equal(item[1], images[n][1])
+    assert not torch.equal(item[1], images[step - 1][1])
 
 def test_every_lap_shows_each_image_once_in_a_new_order(data):
     for i in range(8):
@@ -466,20 +461,18 @@ def numbered_fakes(*numbers):
 
 @pytest.mark.parametrize("size, stored", [(0, []), (2, [1, 2])])
 def test_a_pool_that_is_off_or_not_full_returns_the_fakes_and_keeps_copies(size, stored):
-    pool = cyclegan.ImagePool(size)
-    fakes = numbered_fakes(1, 2)
-    assert pool.query(fakes).flatten().tolist() == [1, 2]
+    pool, fakes = [], numbered_fakes(1, 2)
+    assert cyclegan.query_pool(pool, size, fakes).flatten().tolist() == [1, 2]
     fakes += 100
-    assert [image.item() for image in pool.images] == stored
+    assert [image.item() for image in pool] == stored
 
 def test_a_full_pool_exchanges_each_fake_with_probability_one_half_and_loses_none():
     torch.manual_seed(0)
-    pool = cyclegan.ImagePool(3)
-    pool.query(numbered_fakes(0, 1, 2))
-    fakes = numbered_fakes(*range(3, 9003))
-    returned = pool.query(fakes)
+    pool, fakes = [], numbered_fakes(*range(3, 9003))
+    cyclegan.query_pool(pool, 3, numbered_fakes(0, 1, 2))
+    returned = cyclegan.query_pool(pool, 3, fakes)
     assert 4300 < (returned != fakes).sum() < 4700
-    assert sorted(torch.cat([returned, torch.stack(pool.images)])) == list(range(9003))
+    assert sorted(torch.cat([returned, torch.stack(pool)])) == list(range(9003))
 
 # ---- The objective and the step ------------------------------------------------------------------
 each_gan_loss = pytest.mark.parametrize("gan_loss", ["lsgan", "bce", "focal", "ghm"])
@@ -490,8 +483,7 @@ def make_trainer(words):
     runtime = cyclegan.Runtime(args)
     torch.manual_seed(args.seed)
     model = cyclegan.CycleGAN(args).to(runtime.device)
-    pools = {domain: cyclegan.ImagePool(args.pool_size) for domain in "AB"}
-    return model, cyclegan.make_optimizers(model, args), pools, runtime
+    return model, cyclegan.make_optimizers(model, args), {"A": [], "B": []}, runtime
 
 def gradients(loss, *networks):
     return torch.autograd.grad(loss, nn.ModuleList(networks).parameters())
@@ -585,7 +577,7 @@ def test_a_trainable_network_without_an_optimizer_fails_loudly():
 # ---- Runs ----------------------------------------------------------------------------------------
 TRAIN = f"{SMALL} --dataA a --dataB b --out_dir run --amp off --pool_size 3 --log_every 2"
 TRAIN += " --sample_every 5 --max_steps 30"         # 30: in case that nothing stops it
-COLUMNS = "step epoch lr waiting adv_AB adv_BA cycle_A cycle_B idt_A idt_B D_A D_B img/s".split()
+COLUMNS = "step epoch lr waiting idt_A idt_B cycle_A cycle_B adv_AB adv_BA D_A D_B img/s".split()
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
@@ -616,7 +608,7 @@ def end_of(folder):
     checkpoint = load(f"{folder}/latest.pt")
     for row in checkpoint["rows"]:
         del row["waiting"], row["img/s"]
-    return checkpoint["parts"], checkpoint["rows"]
+    return checkpoint["parts"] | checkpoint["pools"], checkpoint["rows"]
 
 def before_call(patch, name, number, act):
     """Makes call `number` of cyclegan.<name> begin with act(*its arguments), or with a signal."""
@@ -726,7 +718,7 @@ def test_a_run_stopped_and_killed_anywhere_ends_as_one_that_never_stopped(data, 
     assert launch("--resume run", ("train_step", 2, signal.SIGINT))[0] == [130]
     assert run("--resume run") == 0
     torch.testing.assert_close(end_of("run"), end_of("whole"), rtol=0, atol=0)
-    assert len(load()["parts"]["pool_A"]["images"]) == 3
+    assert len(load()["pools"]["A"]) == 3
     assert column("step") == ["2", "4", "6", "8", "10", "12", "14"]
 
 def say(*_):
@@ -794,30 +786,28 @@ def test_what_no_run_can_change_is_refused(work, capsys, flag):
     line = refusal(f"--resume run --epochs 9 {flag}", capsys)
     assert line.startswith(f"cyclegan.py: {flag.split()[0]} was ")
 
-def test_a_run_continues_elsewhere_with_other_flags_on_the_schedule(work):
+def test_a_run_continues_elsewhere_with_other_images_and_flags(work, capsys):
     os.rename("a", "moved_a")
+    write_images("moved_a", 8)          # one more than before
     os.rename("run", "moved")
     for words in ["--epochs_decay 3 --amp bf16 --max_steps 13 --dataA moved_a",
                   "--max_steps 14 --lambda_identity 0 --load_size 40 --pool_size 2",
                   "--max_steps 1000 --lambda_identity 1 --amp off"]:
         assert run(f"--resume moved {words}") == 0
     os.rename("moved", "run")
+    assert capsys.readouterr().out.count("the run had [7, 5] images") == 1
     assert column("step")[-4:] == ["13", "14", "15", "16"]
     assert [cell == "" for cell in column("idt_A")[-4:]] == [False, True, False, False]
     rates = [float(cell) for cell in column("lr")[-4:]]
     assert rates == pytest.approx([2e-4 * (1 - k / 12) for k in (8, 9, 10, 11)])
 
-@pytest.mark.parametrize("section, name", [("flags", "new"), ("parts", "new"), ("parts", "pool_A")])
+@pytest.mark.parametrize("section, name", [("flags", "new"), ("parts", "new"), ("parts", "D_A")])
 def test_a_checkpoint_of_another_version_is_one_line(work, capsys, section, name):
     checkpoint = load()
     if checkpoint[section].pop(name, None) is None:
         checkpoint[section][name] = {}
     torch.save(checkpoint, "run/latest.pt")
     assert "another version" in refusal("--resume run --epochs 9", capsys)
-
-def test_a_folder_with_latest_pt_holds_a_run_and_is_never_overwritten(work, capsys):
-    os.remove("run/generators.pt")
-    assert "--resume" in refusal(TRAIN, capsys)
 
 def test_a_run_is_named_after_its_data(data):
     shutil.copytree("a", "horse2zebra/trainA")
@@ -847,7 +837,7 @@ def five_steps(module, args, runtime):
     torch.manual_seed(0)
     model = module.CycleGAN(args).double()
     optimizers = module.make_optimizers(model, args)
-    pools = dict.fromkeys("AB", module.ImagePool(0))
+    pools, args.pool_size = {"A": [], "B": []}, 0
     for step in range(5):
         pair = [x[runtime.rank::runtime.world_size] for x in random_images(2, 32, seed=step)]
         module.train_step(model, optimizers, pools, runtime, *pair, step)
@@ -918,6 +908,7 @@ def top(tmp_path_factory):
     words = f"{SMALL} --dataA {top}/A --dataB {top}/B --max_steps 2 --out_dir {top}"
     assert run(f"{words}/resnet") == 0
     assert run(f"{words}/unet --generator unet --resize crop") == 0
+    os.remove(top / "unet/generators.pt")       # latest.pt makes a folder a run
     return top
 
 # A command, and what the message must name.
@@ -930,7 +921,7 @@ BAD_INPUT = """
 {train} --dataA {top}/none -> {top}/none
 {train} --dataB {top}/A -> --dataB
 {train} --out_dir {top}/A/x -> {top}/A
-{train} --out_dir {top}/unet -> {top}/unet
+{train} --out_dir {top}/unet -> --resume
 {train} --out_dir {top}/bad/page.jpg/x -> {top}/bad/page.jpg/x
 --resume {top}/none -> {top}/none
 --resume {top}/classifier -> another version
@@ -1193,8 +1184,18 @@ def test_images_are_copied_linked_or_moved_and_never_lost(celeba, monkeypatch, l
     prepare("--link move --images ~/images")
     assert_sorted_by_hair()
 
-@pytest.mark.parametrize("link, call", [
-    ("copy", "replace"), ("symlink", "replace"), ("move", "replace"), ("move", "unlink")])
+@pytest.mark.parametrize("link", ["hard", "symlink"])
+def test_images_are_copied_where_they_cannot_be_linked(celeba, monkeypatch, capsys, link):
+    for name in ("link", "symlink"):
+        monkeypatch.setattr(os, name, mock.Mock(side_effect=OSError))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(time, "monotonic", itertools.count().__next__)
+    prepare(f"--link {link}")
+    assert_sorted_by_hair()
+    assert "8 of 8\r" in capsys.readouterr().out       # the live line
+
+@pytest.mark.parametrize("link, call", [("copy", "replace"), ("hard", "replace"),
+    ("symlink", "replace"), ("move", "replace"), ("move", "unlink")])
 def test_a_rerun_finishes_an_interrupted_one_then_changes_nothing(celeba, monkeypatch, link, call):
     original = getattr(Path, call)
     turns = iter("123")
@@ -1223,6 +1224,8 @@ def test_a_doubled_folder_a_missing_image_and_a_foreign_one(celeba, capsys):
     prepare("--nameA x --nameB y --test 1 --limit 2")
     assert numbers("x", "x_test", "y", "y_test") == [[1, 3, 11], [4], [5, 6], [8]]
     assert "left out: 1\n" in capsys.readouterr().out
+    prepare("--nameA x --nameB y --test 2")         # moves images
+    assert numbers("x", "x_test", "y", "y_test") == [[1, 11], [3, 4], [5, 6], [7, 8]]
 
 def test_attributes_are_chosen_by_presence_and_absence(celeba):
     prepare("--A Eyeglasses --B -Eyeglasses --where Male=0 --where Blond_Hair=0")
@@ -1264,6 +1267,9 @@ def test_toy_faces_are_people_with_either_hair(celeba):
     hair = (dark != fair).any(-1).mean((1, 2))      # its share of each image
     assert 0.03 < hair.min() and hair.max() < 0.5
     assert ((fair - dark).mean((1, 2, 3)) > 50 * hair).all()
+    before = modification_times("files")
+    prepare("--toy 6 --test 8")
+    assert modification_times("files") == before
 
 def test_the_published_faces_do_not_change():
     faces = [prepare_celeba.draw_face(np.random.default_rng(i), i % 2 == 1) for i in range(20)]
@@ -1292,6 +1298,10 @@ BLOCKS = re.findall(FENCE, README)
 def test_the_readme_explains_every_flag():
     for name in vars(flags()):
         assert re.search(rf"--{name}\b", README), name
+
+def test_the_readme_has_no_dead_link():
+    for target in re.findall(r"\]\((?!http)(.*?)\)", README):
+        assert (ROOT / target).exists(), target
 
 def test_the_readme_lists_the_sections_of_the_file():
     source = (ROOT / "cyclegan.py").read_text()
