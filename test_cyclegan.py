@@ -5,7 +5,7 @@ code, and the benchmark.
   pytest                                           all tests; no GPU and no network needed
   python test_cyclegan.py --official DIR           compares with a clone of the official code
   python test_cyclegan.py --bench --size 128       times cyclegan.py and the textbook step
-  python test_cyclegan.py --gpu DIR                benchmark and profile on a CUDA device
+  python test_cyclegan.py --gpu                    benchmark and profile on a CUDA device
 """
 import argparse
 import contextlib
@@ -70,7 +70,7 @@ def random_images(n, size, dtype=torch.float64, seed=0):
     """-> real_A, real_B: (n, 3, size, size) in [-1, 1]."""
     generator = torch.Generator().manual_seed(seed)
     pair = torch.rand(2, n, 3, size, size, generator=generator, dtype=dtype) * 2 - 1
-    return pair[0], pair[1]
+    return tuple(pair)
 
 def distance(xs, ys):
     """-> ||x - y|| / ||y|| over two lists of tensors."""
@@ -285,6 +285,11 @@ def test_a_number_is_refused_outside_its_range(name, capsys):
 def test_the_load_size_follows_the_size_unless_it_is_typed():
     assert (flags("--size 128").load_size, flags("--load_size 260").load_size) == (143, 260)
 
+def test_a_run_is_named_after_its_data():
+    args = cyclegan.get_args("--dataA x/horse2zebra/trainA --dataB x/horse2zebra/trainB".split())
+    assert args.out_dir == os.path.abspath("runs/horse2zebra")
+    assert flags().out_dir == os.path.abspath("runs/a2b")
+
 def test_a_path_becomes_absolute_and_the_home_folder_is_expanded(monkeypatch):
     monkeypatch.setenv("HOME", "/me")
     args = cyclegan.get_args(["--dataA", "~/a", "/x/../b", "--out_dir=~/run"])
@@ -305,10 +310,9 @@ def test_images_are_found_in_all_folders_but_hidden_files_are_not(tmp_path, caps
     assert found == {tmp_path / name: Path(short) for name, short in images.items()}
     assert list(found) == sorted(found) and "skipped 1 files" in capsys.readouterr().out
 
-@pytest.mark.parametrize("name, mode", [
-    ("x.png", "L"), ("x.png", "LA"), ("x.png", "RGBA"), ("x.jpg", "CMYK")])
-def test_an_image_is_read_as_rgb_without_its_transparency(tmp_path, name, mode):
-    Image.new("RGBA", (9, 9), "#99999940").convert(mode).save(tmp_path / name)
+@pytest.mark.parametrize("name", ["L.png", "LA.png", "RGBA.png", "CMYK.jpg"])
+def test_an_image_is_read_as_rgb_without_its_transparency(tmp_path, name):
+    Image.new("RGBA", (9, 9), "#99999940").convert(name[:-4]).save(tmp_path / name)
     image = cyclegan.read_image(tmp_path / name)
     assert image.mode == "RGB"
     assert levels_apart(image, Image.new("RGB", (9, 9), "#999999")) <= 2
@@ -323,10 +327,10 @@ def test_an_image_is_rotated_as_its_exif_data_says(tmp_path, name):
     stored.save(tmp_path / name, exif=exif.tobytes(), lossless=True)
     assert levels_apart(cyclegan.read_image(tmp_path / name), upright) <= 2
 
-@pytest.mark.parametrize("mode, name", [("I;16", "x.png"), ("I", "x.tif"), ("F", "x.tif")])
-def test_an_image_of_more_than_8_bits_is_skipped_by_name(tmp_path, capsys, mode, name):
+@pytest.mark.parametrize("name", ["I;16.png", "I.tif", "F.tif"])
+def test_an_image_of_more_than_8_bits_is_skipped_by_name(tmp_path, capsys, name):
     path = tmp_path / name
-    Image.new(mode, (9, 9)).save(path)
+    Image.new(name[:-4], (9, 9)).save(path)
     assert cyclegan.read_image(path) is None
     assert re.search(f"{path}.*8 bits", capsys.readouterr().err)
 
@@ -394,7 +398,6 @@ each_generator = pytest.mark.parametrize("generator", ["resnet", "unet"])
 def make_pair(words):
     """-> a small cyclegan.CycleGAN in float64, and a Textbook with the same weights."""
     args = flags(f"--size 32 --ngf 3 --ndf 3 --blocks 1 --lambda_cycle 7 --no-compile {words}")
-    torch.manual_seed(1)
     model = cyclegan.CycleGAN(args).double()
     for parameter in model.parameters():    # N(0, 0.02) leaves networks this small too flat to test
         nn.init.normal_(parameter, 0, 0.2)
@@ -428,7 +431,6 @@ def test_a_score_sees_70x70_pixels():
     assert is_seen.any(dim=1).sum() == is_seen.any(dim=2).sum() == 70
 
 def test_initial_weights_are_normal_with_deviation_0_02():
-    torch.manual_seed(0)
     model = cyclegan.CycleGAN(flags("--size 64 --no-compile"))
     normalized = spectral_norm(nn.Conv2d(64, 128, 4))       # as a fork might do
     cyclegan.init_weights(normalized)
@@ -481,7 +483,6 @@ def make_trainer(words):
     """-> model, optimizers, pools and runtime: what train_step needs besides images."""
     args = flags(words)
     runtime = cyclegan.Runtime(args)
-    torch.manual_seed(args.seed)
     model = cyclegan.CycleGAN(args).to(runtime.device)
     return model, cyclegan.make_optimizers(model, args), {"A": [], "B": []}, runtime
 
@@ -575,8 +576,8 @@ def test_a_trainable_network_without_an_optimizer_fails_loudly():
         cyclegan.make_optimizers(model, flags(SMALL))
 
 # ---- Runs ----------------------------------------------------------------------------------------
-TRAIN = f"{SMALL} --dataA a --dataB b --out_dir run --amp off --pool_size 3 --log_every 2"
-TRAIN += " --sample_every 5 --max_steps 30"         # 30: in case that nothing stops it
+TRAIN = (f"{SMALL} --dataA a --dataB b --out_dir run --amp off --pool_size 3 --log_every 2 "
+         "--sample_every 5 --max_steps 30")         # 30: in case that nothing stops it
 COLUMNS = "step epoch lr waiting idt_A idt_B cycle_A cycle_B adv_AB adv_BA D_A D_B img/s".split()
 
 @pytest.fixture(scope="module")
@@ -617,8 +618,7 @@ def before_call(patch, name, number, act):
     def changed(*args, **options):
         if next(calls) == number:
             if isinstance(act, signal.Signals):     # from outside, to all processes of the run
-                command = f"kill -{act:d} -{os.getpgrp()}"
-                subprocess.run(command, shell=True, start_new_session=True)
+                subprocess.run(f"kill -{act:d} -{os.getpgrp()}", shell=True, start_new_session=True)
             else:
                 act(*args)
         return original(*args, **options)
@@ -643,7 +643,7 @@ def test_a_run_writes_checkpoints_and_samples_and_prints_its_plan_and_log(work):
     assert load("run/generators.pt")["generators"].keys() == {"G_AB", "G_BA"}
     samples = sorted(os.listdir("run/samples"))
     assert samples == ["step_0000005.png", "step_0000010.png", "step_0000012.png"]
-    assert Image.open("run/samples/step_0000012.png").size == (6 * 34 + 2, 6 * 34 + 2)
+    assert Image.open("run/samples/step_0000012.png").size == (206, 206)     # 6 x 6 images
     plan, head, *rows = Path("printed").read_text().splitlines()
     assert "[7, 5] images" in plan and "12 steps to go" in plan
     assert head.split() == COLUMNS
@@ -809,13 +809,6 @@ def test_a_checkpoint_of_another_version_is_one_line(work, capsys, section, name
     torch.save(checkpoint, "run/latest.pt")
     assert "another version" in refusal("--resume run --epochs 9", capsys)
 
-def test_a_run_is_named_after_its_data(data):
-    shutil.copytree("a", "horse2zebra/trainA")
-    shutil.copytree("b", "horse2zebra/trainB")
-    run(f"--dataA a --dataB b --max_steps 1 {SMALL}")
-    run(f"--dataA horse2zebra/trainA --dataB horse2zebra/trainB --max_steps 1 {SMALL}")
-    assert set(os.listdir("runs")) == {"a2b", "horse2zebra"}
-
 def test_a_checkpoint_of_a_gpu_continues_without_one(data, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.serialization, "location_tag", lambda _: "cuda:0")
@@ -834,7 +827,6 @@ def test_a_run_moves_from_cuda_to_the_cpu_and_back(data):
 def five_steps(module, args, runtime):
     """-> what the networks answer after five steps in float64, each on this process's share of two
     pairs. Not the weights: biases before a norm are rounding noise."""
-    torch.manual_seed(0)
     model = module.CycleGAN(args).double()
     optimizers = module.make_optimizers(model, args)
     pools, args.pool_size = {"A": [], "B": []}, 0
@@ -1018,11 +1010,12 @@ def test_a_generator_of_other_code_is_loaded_by_the_order_of_its_layers(tmp_path
     assert y.std() > 0.1
 
 # ---- Forks ---------------------------------------------------------------------------------------
-# Changes as a stranger would make them: name, lines that the diff may have, flags, a column of the
-# log. The diffs are in assets/forks; the README shows one of them.
-FORKS = [("spectral_norm", 4, "", "D_A"), ("hinge_r1", 22, "--gan_loss hinge --r1_every 2", "R1"),
-         ("perceptual", 16, "", "vgg_A"), ("ema", 12, "", "D_A"), ("wandb", 10, "", "D_A"),
-         ("accumulate", 22, "--accumulate 2 --batch_size 2", "D_A"), ("paired", 26, "", "pair_B")]
+# Changes as a stranger would make them: name, lines that the diff may have, a column of the log,
+# flags. The diffs are in assets/forks; the README shows one of them.
+FORKS = [
+    "spectral_norm 4 D_A", "hinge_r1 22 R1 --gan_loss hinge --r1_every 2", "perceptual 16 vgg_A",
+    "ema 12 D_A", "wandb 10 D_A", "accumulate 22 D_A --accumulate 2 --batch_size 2",
+    "paired 26 pair_B"]
 
 def apply_fork(name):
     """-> cyclegan.py with the diff of that name, as a module."""
@@ -1041,12 +1034,13 @@ def wandb(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", mock.Mock())
     return sys.modules["wandb"]
 
-@pytest.mark.parametrize("name, limit, words, term", FORKS)
-def test_forks_are_short_resume_exactly_and_translate(wandb, monkeypatch, name, limit, words, term):
+@pytest.mark.parametrize("case", FORKS)
+def test_forks_are_short_resume_exactly_and_translate(wandb, monkeypatch, case):
+    name, limit, term, *words = case.split()
     diff = (ROOT / f"assets/forks/{name}.diff").read_text()
-    assert len(re.findall("^[+-](?!--|[+][+])", diff, re.M)) <= limit
+    assert len(re.findall("^[+-](?!--|[+][+])", diff, re.M)) <= int(limit)
     fork = apply_fork(name)
-    train = f"{TRAIN} {words} --max_steps 4 --save_every 2"
+    train = f"{TRAIN} {' '.join(words)} --max_steps 4 --save_every 2"
     fork.main(f"{train} --out_dir whole".split())
     def kill_in_step_3(start_time, done, total):
         if done == 3:
@@ -1066,7 +1060,6 @@ def test_the_average_of_g_is_what_samples_checkpoints_and_translations_use(wandb
     monkeypatch.setattr(fork, "save_samples", save_samples)
     fork.main(f"{TRAIN} --max_steps 1".split())
     latest = load()
-    torch.manual_seed(0)
     start = fork.CycleGAN(flags(SMALL)).G_AB[0].weight
     average = start.lerp(latest["parts"]["G_AB"]["0.weight"], 0.001)
     assert torch.equal(save_samples.call_args.args[1]["G_AB"][0].weight, average)
@@ -1091,8 +1084,7 @@ def test_the_images_of_a_pair_get_one_crop_and_mirror(wandb):
     fork = apply_fork("paired")
     shutil.copytree("a", "same")
     images = fork.UnpairedImages(fork.get_args(f"{TRAIN} --dataB same".split()))
-    for n in range(9):
-        assert torch.equal(*images[n])
+    assert all(torch.equal(*images[n]) for n in range(9))
 
 @pytest.mark.parametrize("name", ["hinge_r1", "spectral_norm", "ema"])     # flags, layers, parts
 def test_the_original_refuses_to_resume_the_run_of_a_fork(wandb, capsys, name):
@@ -1184,19 +1176,19 @@ def test_images_are_copied_linked_or_moved_and_never_lost(celeba, monkeypatch, l
     prepare("--link move --images ~/images")
     assert_sorted_by_hair()
 
-@pytest.mark.parametrize("link", ["hard", "symlink"])
-def test_images_are_copied_where_they_cannot_be_linked(celeba, monkeypatch, capsys, link):
-    for name in ("link", "symlink"):
-        monkeypatch.setattr(os, name, mock.Mock(side_effect=OSError))
+@pytest.mark.parametrize("link, call", [("hard", "link"), ("symlink", "symlink")])
+def test_images_are_copied_where_they_cannot_be_linked(celeba, monkeypatch, capsys, link, call):
+    monkeypatch.setattr(os, call, mock.Mock(side_effect=OSError))
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     monkeypatch.setattr(time, "monotonic", itertools.count().__next__)
     prepare(f"--link {link}")
     assert_sorted_by_hair()
     assert "8 of 8\r" in capsys.readouterr().out       # the live line
 
-@pytest.mark.parametrize("link, call", [("copy", "replace"), ("hard", "replace"),
-    ("symlink", "replace"), ("move", "replace"), ("move", "unlink")])
-def test_a_rerun_finishes_an_interrupted_one_then_changes_nothing(celeba, monkeypatch, link, call):
+@pytest.mark.parametrize("case", [
+    "copy replace", "hard replace", "symlink replace", "move replace", "move unlink"])
+def test_a_rerun_finishes_an_interrupted_one_then_changes_nothing(celeba, monkeypatch, case):
+    link, call = case.split()           # interrupted in the fourth call of this method of Path
     original = getattr(Path, call)
     turns = iter("123")
     def stop_at_the_fourth(path, *args, **flags):
@@ -1314,7 +1306,7 @@ def test_the_readme_lists_the_sections_of_the_file():
 SMALLER = {"--bench": f"{SMALL} --rounds 1", "--resume": "--max_steps 3",
            "cyclegan.py": f"{SMALL} --max_steps 2 --batch_size 2 --no-compile --overwrite",
            "prepare_celeba.py": "--test 1"}
-NOT_RUN = set("pip source git cd pytest -m DIR".split())
+NOT_RUN = set("pip source git cd pytest -m DIR --gpu".split())
 
 def document_commands():
     """-> the commands in the docstrings and in the README, as lists of words, each once."""
@@ -1480,30 +1472,28 @@ def bench(words, rounds):
     print(f"\nratio: the program as shipped is {median:.2f} ({low:.2f} to {high:.2f}) times as fast"
           " as the textbook step", flush=True)
 
-def measure_gpu(folder):
-    os.makedirs(folder, exist_ok=True)
-    with open(f"{folder}/bench.txt", "w") as file, contextlib.redirect_stdout(file):
-        for batch_size in (1, 4, 16):
-            bench(f"--batch_size {batch_size} --device cuda", rounds=5)
+def measure_gpu():
+    """Prints the benchmark for three batch sizes and a profile of one step."""
+    for batch_size in (1, 4, 16):
+        bench(f"--batch_size {batch_size} --device cuda", rounds=5)
     take_step = make_stepper(SHIPPED, "--device cuda")
     seconds_per_step(take_step, 3)
     with torch.profiler.profile() as profile:
         seconds_per_step(take_step, 1)
-    table = profile.key_averages().table(sort_by="self_device_time_total", row_limit=15)
-    Path(folder, "profile.txt").write_text(table)
+    print(profile.key_averages().table(sort_by="self_device_time_total", row_limit=15))
 
 def main(argv):
     parser = argparse.ArgumentParser(usage=__doc__, allow_abbrev=False)
     group = parser.add_mutually_exclusive_group(required=True)
     group.add_argument("--official")
-    group.add_argument("--gpu")
+    group.add_argument("--gpu", action="store_true")
     group.add_argument("--bench", action="store_true")
     parser.add_argument("--rounds", type=int, default=7)
     args, rest = parser.parse_known_args(argv)
     if args.official:
         return compare_with_official(args.official)
     if args.gpu:
-        return measure_gpu(args.gpu)
+        return measure_gpu()
     bench(" ".join(rest), args.rounds)
 
 if __name__ == "__main__":
