@@ -2,7 +2,7 @@
 CycleGAN in one file: learns to translate between two kinds of images from two unpaired folders
 (Zhu, Park, Isola, Efros, ICCV 2017, arXiv:1703.10593; in the code, § and Eq. refer to this paper).
 
-  python cyclegan.py --demo                                     # toy faces; minutes on a CPU
+  python cyclegan.py --demo                                     # toy faces (prepare_celeba.py)
   python cyclegan.py --dataA files/black --dataB files/blond    # train; writes runs/black2blond
   python cyclegan.py --resume runs/black2blond                  # continue from the last checkpoint
   python cyclegan.py --checkpoint runs/black2blond/generators.pt --input photos --output out
@@ -17,7 +17,7 @@ translated ones. No pairs are needed: translated and translated back, an image s
                      └──> D_A: real or fake?
 
 To change networks and GAN losses: GENERATORS, GAN_LOSSES; the objective: generator_loss; the step:
-train_step (gradient penalties need --no-compile); to use an average of G: `generators` in train.
+train_step (second derivatives need --no-compile); to average G: `generators` and `parts` in train.
 """
 import argparse
 import csv
@@ -113,9 +113,9 @@ def get_args(argv=None, stored={}):
     add("round_trip", False, "also write NAME_back.png, translated there and back")
     add("truth", None, "folders of true images with the same names: print the error", nargs="+")
 
-    unknown = stored.keys() ^ vars(parser.parse_args([])).keys()
-    if stored and unknown:
-        die(f"checkpoint of another version of cyclegan.py: {unknown} differ")
+    differing = stored.keys() ^ vars(parser.parse_args([])).keys()
+    if stored and differing:
+        die(f"checkpoint of another version of cyclegan.py: {differing} differ")
     args = parser.parse_args(argv, argparse.Namespace(**stored))    # argv overrides stored
     for name, value in vars(args).items():
         low = int(name in ("ngf", "ndf", "batch_size", "log_every", "sample_every", "save_every"))
@@ -127,7 +127,7 @@ def get_args(argv=None, stored={}):
         if set(args.dataA) & set(args.dataB):
             die("the same folder is in --dataA and in --dataB")
         A, B = Path(args.dataA[0]), Path(args.dataB[0])
-        name = A.parent.name if A.name == "trainA" else f"{A.name}2{B.name}"
+        name = A.parent.name if A.name == "trainA" else f"{A.name}2{B.name}"    # horse2zebra/trainA
         args.out_dir = args.out_dir or path(f"runs/{name}")
     return args
 
@@ -145,7 +145,7 @@ def find_images(tops, output):
         if len(found) < len(files):
             print(f"{top}: skipped {len(files) - len(found)} files of other types")
         images |= {path: path.relative_to(top).with_suffix("") for path in found}
-        if top.is_file():
+        if top.is_file():               # rglob found nothing in it
             images[top] = Path(top.stem)
         elif not found:
             die(f"no images in {top}; is it the right place?")
@@ -207,7 +207,7 @@ def ignore_signals(_):
 
 def load_batches(data, start_step, total_steps, runtime):
     """Yields step, real_A, real_B: (N, 3, size, size) in [-1, 1], on the device of this process."""
-    n = runtime.pairs_per_step          # Runtime, in section 8: devices and processes
+    n = runtime.pairs_per_step          # in all processes, which take turns (Runtime: section 8)
     pairs = range(start_step * n, total_steps * n)
     loader = torch.utils.data.DataLoader(
         data, data.args.batch_size, sampler=pairs[runtime.rank::runtime.world_size],
@@ -222,7 +222,7 @@ class InstanceNorm(nn.Module):
     """Each channel of an image to mean 0, variance 1: (N, C, H, W) -> same."""
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):      # autocast would return float32
-            return F.group_norm(x, x.shape[1])  # nn.InstanceNorm2d: wrong CPU gradients for N = 1
+            return F.group_norm(x, x.shape[1])  # a group per channel; F.instance_norm has a bug
 
 def upsample(n_in, n_out, args, kernel_size=3):
     """(N, n_in, H, W) -> (N, n_out, 2H, 2W), by a transposed convolution in the paper (§7.2)."""
@@ -264,18 +264,18 @@ class ResNetGenerator(CompilableSequential):
 
 class UNetGenerator(nn.Module):
     """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. --size decides how deep it is."""
-    size_multiple = 32          # what --size must be divisible by; for H and W, it is 2**n_levels
+    size_multiple = 32          # for --size: at least 5 levels
 
     def __init__(self, args):
         super().__init__()
         n_levels = max(k for k in range(9) if args.size % 2**k == 0)        # 256 -> 8, 96 -> 5
-        self.size_multiple = 2**n_levels
+        self.size_multiple = 2**n_levels        # for H and W
         self.norm = InstanceNorm()
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         n_in = 3
         for k in range(n_levels):
             n = args.ngf * min(2**k, 8)                                     # 64, 128, 256, 512 ...
-            n_with_skip = 2 * n if k < n_levels - 1 else n
+            n_with_skip = 2 * n if k < n_levels - 1 else n      # the innermost level has no skip
             self.downs.append(nn.Conv2d(n_in, n, 4, stride=2, padding=1))
             self.ups.insert(0, upsample(n_with_skip, n_in, args, kernel_size=4))
             n_in = n
@@ -292,8 +292,8 @@ class UNetGenerator(nn.Module):
 GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 
 # ---- 4. Discriminator ----------------------------------------------------------------------------
-# A score for each 70x70 patch, not for the image (§4): texture and color are local, and the cycle
-# keeps the layout. From the last layer back, side -> (side - 1) * stride + 4: 4, 7, 16, 34, 70.
+# A score per 70x70 patch (§4): texture and color are local, and the cycle keeps the layout. From the
+# last layer back, n values are computed from (n - 1) * stride + 4: 1, 4, 7, 16, 34, 70.
 class PatchDiscriminator(CompilableSequential):
     """The 70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores; a sigmoid is up to the loss."""
     def __init__(self, args):
@@ -316,14 +316,14 @@ def init_weights(module):
 # A discriminator that sees only the newest fakes forgets old ones; the generators bring them back,
 # and training oscillates. Hence half of the fakes it sees are older (§4, Shrivastava et al. 2017).
 def query_pool(pool, size, fakes):
-    """(N, 3, H, W), detached -> same. Once the list is full, swaps each with probability 1/2."""
+    """(N, 3, H, W), detached -> same. Once the pool is full, exchanges half of them for older."""
     result = []
     for fake in fakes:
         if len(pool) < size:
             pool.append(fake.clone())
         elif size > 0 and torch.rand(()) < 0.5:
             k = int(torch.randint(size, ()))
-            fake, pool[k] = pool[k].to(fake), fake.clone()
+            fake, pool[k] = pool[k].to(fake), fake.clone()      # a loaded pool is on the CPU
         result.append(fake)
     return torch.stack(result)
 
@@ -332,13 +332,13 @@ def query_pool(pool, size, fakes):
 # alone it would allow one such image for all inputs (collapse). Cycle (Eq. 2): translating back
 # recovers the input, but alone it would allow any reversible change, such as inverted colors.
 # Identity (§5.2): G_AB should leave a real B as it is, or else it may shift colors; with a large
-# weight, G copies any input. In a healthy run with lsgan, D_A and D_B are 0.1 to 0.25 (guessing),
-# adv_AB and adv_BA 0.3 to 0.6; the others fall for many epochs. If D_A and D_B are near 0, and
-# adv_AB and adv_BA near 1, then D has won, or G copies its input.
+# weight, G copies any input. In the log of a healthy lsgan run, D_A and D_B are 0.1 to 0.25 (0.25 is
+# guessing), adv_AB and adv_BA 0.3 to 0.6; the others fall for many epochs. If D_A and D_B are near
+# 0, and adv_AB and adv_BA near 1, then D has won, or G copies its input.
 bce = F.binary_cross_entropy_with_logits
 
 def ghm(scores, targets, n_bins=10):
-    """GHM-C, Li et al. 2019, Eq. 7: cross-entropy, averaged within bins of gradients, then over."""
+    """GHM-C (Li et al. 2019, Eq. 7): cross-entropy averaged per bin of gradients, then over bins."""
     entropy = bce(scores, targets, reduction="none").flatten()
     gradient = (scores.detach().sigmoid() - targets).abs().flatten()
     bins = (gradient * n_bins).long().clamp(max=n_bins - 1)
@@ -349,7 +349,7 @@ GAN_LOSSES = {                          # (loss of D, loss of G), both of scores
     "lsgan": (F.mse_loss, F.mse_loss),  # §4, Mao et al. 2017: still pulls on a fake that fools D
     "bce": (bce, bce),                  # cross-entropy: Eq. 1, with the non-saturating loss for G
     "focal": (partial(ops.sigmoid_focal_loss, alpha=-1, reduction="mean"), bce),    # Lin et al.
-    "ghm": (ghm, bce)}                  # both reweight cross-entropy by its difficulty, for D only
+    "ghm": (ghm, bce)}                  # focal, ghm: weight patches by difficulty, for D only
 
 class CycleGAN(nn.Module):
     """Two generators, two discriminators, and what each pair minimizes."""
@@ -362,7 +362,7 @@ class CycleGAN(nn.Module):
         self.G_AB, self.G_BA = Generator(args), Generator(args)
         self.D_A, self.D_B = PatchDiscriminator(args), PatchDiscriminator(args)
         self.networks = {"G_AB": self.G_AB, "G_BA": self.G_BA, "D_A": self.D_A, "D_B": self.D_B}
-        for network in self.networks.values():      # a frozen one, such as VGG, is not among them
+        for network in self.networks.values():      # not a frozen one that you add
             network.apply(init_weights)
             if args.compile:
                 network.compile(dynamic=False)      # in place; a graph per shape
@@ -402,7 +402,7 @@ class CycleGAN(nn.Module):
 # ---- 7. One step ---------------------------------------------------------------------------------
 def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
     """Updates the generators, then the discriminators. Images (N, 3, H, W) in [-1, 1] -> terms."""
-    seed_torch(runtime.args.seed, step, runtime.rank)   # a resumed run draws the same
+    seed_torch(runtime.args.seed, step, runtime.rank)   # the pools draw the same when resumed
     model.D_A.requires_grad_(False)     # G's gradient passes through D, but D's own is not needed
     model.D_B.requires_grad_(False)
     with runtime.autocast():
@@ -412,8 +412,8 @@ def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
 
     model.D_A.requires_grad_(True)
     model.D_B.requires_grad_(True)
-    fake_A = query_pool(pools["A"], runtime.args.pool_size, fake_A)     # detached: no gradient
-    fake_B = query_pool(pools["B"], runtime.args.pool_size, fake_B)     # reaches G
+    fake_A = query_pool(pools["A"], runtime.args.pool_size, fake_A)     # detached, so that no
+    fake_B = query_pool(pools["B"], runtime.args.pool_size, fake_B)     # gradient reaches G
     with runtime.autocast():
         loss, terms_D = model.discriminator_loss(real_A, real_B, fake_A, fake_B)
     loss.backward()
@@ -512,7 +512,7 @@ def write_log(path, rows):
     print(f"{step:7}", *[f"{value:7.3g}" for value in values], flush=True)
 
 def save_checkpoint(args, generators, parts, **history):
-    """Writes latest.pt, from which --resume continues, then generators.pt, for translating."""
+    """Writes latest.pt for --resume, with the `history` of the run, and generators.pt to share."""
     weights = {name: G.state_dict() for name, G in generators.items()}
     shared = {"flags": vars(args), "generators": weights}
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -553,7 +553,7 @@ def train(args, checkpoint=None):
     runtime, data = Runtime(args), UnpairedImages(args)
     model = CycleGAN(args).to(runtime.device)
     optimizers = make_optimizers(model, args)
-    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # for samples and translating
+    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # to sample and translate with
     parts = model.networks | optimizers     # what has a state_dict to save
     pools, rows, start_step = {"A": [], "B": []}, [], 0
     n_images = [len(data.paths_A), len(data.paths_B)]
@@ -617,8 +617,8 @@ def make_out_dir(args, model):
         print("without a GPU this takes days: try --size 64, or --demo")
     if os.path.exists(f"{args.out_dir}/latest.pt"):
         die(f"{args.out_dir} holds a run: --resume it, or choose another --out_dir")
-    n_weights = sum(p.numel() for p in model.parameters())      # each with two moments of Adam
-    n_bytes = 2 * 4 * (3 * n_weights + 6 * args.pool_size * args.size**2)   # the old and new file
+    n_weights = sum(p.numel() for p in model.parameters())      # each has two moments
+    n_bytes = 2 * 4 * (3 * n_weights + 6 * args.pool_size * args.size**2)   # old, new file; float32
     try:
         os.makedirs(args.out_dir, exist_ok=True)
         if shutil.disk_usage(args.out_dir).free < n_bytes:
@@ -627,7 +627,7 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, is_finished):
-    """Loads a run -> the rows of its log. Refuses a changed flag if it is too late for it."""
+    """Loads a run -> rows of its log. Refuses a changed flag if it is fixed or comes too late."""
     fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
         if getattr(args, name) != value and (is_finished or name in fixed):
@@ -651,7 +651,7 @@ def load_generators(path, argv=()):
     try:
         for name, state in checkpoint.get("generators", {"G_AB": checkpoint}).items():
             G = generators[name] = GENERATORS[args.generator](args)
-            if state is checkpoint:         # other code: one generator; same layers, other names
+            if state is checkpoint:         # of other code: one generator, with other names
                 weights = [w for key, w in state.items() if key.endswith(("weight", "bias"))]
                 state = dict(zip(G.state_dict(), weights, strict=True))
             G.load_state_dict(state)
@@ -746,7 +746,7 @@ def main(argv):
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
         flags = checkpoint.get("flags", {})
-        flags.update(out_dir=args.resume, resume=args.resume)       # the run may have moved
+        flags.update(out_dir=args.resume, resume=args.resume)   # may have moved; `restore` compares
         args = get_args(argv, flags)
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0
