@@ -292,8 +292,8 @@ class UNetGenerator(nn.Module):
 GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 
 # ---- 4. Discriminator ----------------------------------------------------------------------------
-# A score per 70x70 patch (§4): texture and color are local, and the cycle keeps the layout. From the
-# last layer back, n values are computed from (n - 1) * stride + 4: 1, 4, 7, 16, 34, 70.
+# A score per 70x70 patch (§4): texture and color are local, and the cycle keeps the layout. From
+# the last layer back, n values are computed from (n - 1) * stride + 4: 1, 4, 7, 16, 34, 70.
 class PatchDiscriminator(CompilableSequential):
     """The 70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores; a sigmoid is up to the loss."""
     def __init__(self, args):
@@ -332,13 +332,13 @@ def query_pool(pool, size, fakes):
 # alone it would allow one such image for all inputs (collapse). Cycle (Eq. 2): translating back
 # recovers the input, but alone it would allow any reversible change, such as inverted colors.
 # Identity (§5.2): G_AB should leave a real B as it is, or else it may shift colors; with a large
-# weight, G copies any input. In the log of a healthy lsgan run, D_A and D_B are 0.1 to 0.25 (0.25 is
+# weight, G copies any input. In the log of a healthy lsgan run, D_A and D_B are 0.1 to 0.25 (0.25:
 # guessing), adv_AB and adv_BA 0.3 to 0.6; the others fall for many epochs. If D_A and D_B are near
 # 0, and adv_AB and adv_BA near 1, then D has won, or G copies its input.
 bce = F.binary_cross_entropy_with_logits
 
 def ghm(scores, targets, n_bins=10):
-    """GHM-C (Li et al. 2019, Eq. 7): cross-entropy averaged per bin of gradients, then over bins."""
+    """GHM-C (Li et al. 2019, Eq. 7): cross-entropy averaged per bin of gradient, then over bins."""
     entropy = bce(scores, targets, reduction="none").flatten()
     gradient = (scores.detach().sigmoid() - targets).abs().flatten()
     bins = (gradient * n_bins).long().clamp(max=n_bins - 1)
