@@ -17,7 +17,7 @@ translated ones. No pairs are needed: translated and translated back, an image s
                      └──> D_A: real or fake?
 
 To change networks and GAN losses: GENERATORS, GAN_LOSSES; the objective: generator_loss; the step:
-train_step (second derivatives need --no-compile); to average G: `generators` and `parts` in train.
+train_step (a gradient penalty needs --no-compile); an EMA of G: `generators`, `parts` in train.
 """
 import argparse
 import csv
@@ -113,7 +113,7 @@ def get_args(argv=None, stored={}):
     add("round_trip", False, "also write NAME_back.png, translated there and back")
     add("truth", None, "folders of true images with the same names: print the error", nargs="+")
 
-    differing = stored.keys() ^ vars(parser.parse_args([])).keys()
+    differing = stored.keys() ^ vars(parser.parse_args([])).keys()      # in only one of the two
     if stored and differing:
         die(f"checkpoint of another version of cyclegan.py: {differing} differ")
     args = parser.parse_args(argv, argparse.Namespace(**stored))    # argv overrides stored
@@ -207,7 +207,7 @@ def ignore_signals(_):
 
 def load_batches(data, start_step, total_steps, runtime):
     """Yields step, real_A, real_B: (N, 3, size, size) in [-1, 1], on the device of this process."""
-    n = runtime.pairs_per_step          # in all processes, which take turns (Runtime: section 8)
+    n = runtime.pairs_per_step          # of all processes; each reads its share (section 8)
     pairs = range(start_step * n, total_steps * n)
     loader = torch.utils.data.DataLoader(
         data, data.args.batch_size, sampler=pairs[runtime.rank::runtime.world_size],
@@ -219,10 +219,10 @@ def load_batches(data, start_step, total_steps, runtime):
 # (N, 3, H, W) in [-1, 1] -> same, fully convolutional. The paper chose reflection padding, since a
 # border of zeros would show; instance norm, since contrasts differ; tanh for the range of images.
 class InstanceNorm(nn.Module):
-    """Each channel of an image to mean 0, variance 1: (N, C, H, W) -> same."""
+    """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):      # autocast would return float32
-            return F.group_norm(x, x.shape[1])  # a group per channel; F.instance_norm has a bug
+            return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients, if N = 1
 
 def upsample(n_in, n_out, args, kernel_size=3):
     """(N, n_in, H, W) -> (N, n_out, 2H, 2W), by a transposed convolution in the paper (§7.2)."""
@@ -264,20 +264,20 @@ class ResNetGenerator(CompilableSequential):
 
 class UNetGenerator(nn.Module):
     """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. --size decides how deep it is."""
-    size_multiple = 32          # for --size: at least 5 levels
+    size_multiple = 32          # of --size, so at least 5 levels; __init__ sets that of H and W
 
     def __init__(self, args):
         super().__init__()
         n_levels = max(k for k in range(9) if args.size % 2**k == 0)        # 256 -> 8, 96 -> 5
-        self.size_multiple = 2**n_levels        # for H and W
+        self.size_multiple = 2**n_levels
         self.norm = InstanceNorm()
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
         n_in = 3
         for k in range(n_levels):
             n = args.ngf * min(2**k, 8)                                     # 64, 128, 256, 512 ...
-            n_with_skip = 2 * n if k < n_levels - 1 else n      # the innermost level has no skip
+            n_up = 2 * n if k < n_levels - 1 else n     # n from the level below, n from the skip
             self.downs.append(nn.Conv2d(n_in, n, 4, stride=2, padding=1))
-            self.ups.insert(0, upsample(n_with_skip, n_in, args, kernel_size=4))
+            self.ups.insert(0, upsample(n_up, n_in, args, kernel_size=4))
             n_in = n
 
     def forward(self, x):                                           # (N, 3,    H,   W)
@@ -292,8 +292,8 @@ class UNetGenerator(nn.Module):
 GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 
 # ---- 4. Discriminator ----------------------------------------------------------------------------
-# A score per 70x70 patch (§4): texture and color are local, and the cycle keeps the layout. From
-# the last layer back, n values are computed from (n - 1) * stride + 4: 1, 4, 7, 16, 34, 70.
+# A score per 70x70 patch (§4): texture, color are local, and the cycle keeps the layout. Receptive
+# field, from the last layer back: n outputs see (n - 1) * stride + 4 inputs: 1, 4, 7, 16, 34, 70.
 class PatchDiscriminator(CompilableSequential):
     """The 70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores; a sigmoid is up to the loss."""
     def __init__(self, args):
@@ -340,13 +340,13 @@ bce = F.binary_cross_entropy_with_logits
 def ghm(scores, targets, n_bins=10):
     """GHM-C (Li et al. 2019, Eq. 7): cross-entropy averaged per bin of gradient, then over bins."""
     entropy = bce(scores, targets, reduction="none").flatten()
-    gradient = (scores.detach().sigmoid() - targets).abs().flatten()
+    gradient = (scores.detach().sigmoid() - targets).abs().flatten()        # of the score, 0 to 1
     bins = (gradient * n_bins).long().clamp(max=n_bins - 1)
     n_in_bin = F.one_hot(bins, n_bins).sum(0)       # unlike bincount, does not wait for the GPU
     return (entropy / n_in_bin[bins]).sum() / n_in_bin.count_nonzero()
 
 GAN_LOSSES = {                          # (loss of D, loss of G), both of scores and targets
-    "lsgan": (F.mse_loss, F.mse_loss),  # §4, Mao et al. 2017: still pulls on a fake that fools D
+    "lsgan": (F.mse_loss, F.mse_loss),  # §4, Mao et al. 2017: has a gradient even where D is sure
     "bce": (bce, bce),                  # cross-entropy: Eq. 1, with the non-saturating loss for G
     "focal": (partial(ops.sigmoid_focal_loss, alpha=-1, reduction="mean"), bce),    # Lin et al.
     "ghm": (ghm, bce)}                  # focal, ghm: weight patches by difficulty, for D only
@@ -362,7 +362,7 @@ class CycleGAN(nn.Module):
         self.G_AB, self.G_BA = Generator(args), Generator(args)
         self.D_A, self.D_B = PatchDiscriminator(args), PatchDiscriminator(args)
         self.networks = {"G_AB": self.G_AB, "G_BA": self.G_BA, "D_A": self.D_A, "D_B": self.D_B}
-        for network in self.networks.values():      # not a frozen one that you add
+        for network in self.networks.values():      # a frozen one must not be here
             network.apply(init_weights)
             if args.compile:
                 network.compile(dynamic=False)      # in place; a graph per shape
@@ -490,7 +490,7 @@ def save_samples(step, generators, runtime, data):
     """Writes a grid of the first six items. Rows: real A, fake B, rec A, real B, fake A, rec B."""
     batch = torch.utils.data.default_collate([data[n] for n in range(6)])
     real_A, real_B = map(runtime.to_float, batch)
-    G_AB, G_BA = [G.forward for G in generators.values()]       # .forward: not compiled
+    G_AB, G_BA = [G.forward for G in generators.values()]       # .forward: no graph for 6 images
     with runtime.autocast():
         fake_B, fake_A = G_AB(real_A), G_BA(real_B)
         grid = [real_A, fake_B, G_BA(fake_B), real_B, fake_A, G_AB(fake_A)]
@@ -553,7 +553,7 @@ def train(args, checkpoint=None):
     runtime, data = Runtime(args), UnpairedImages(args)
     model = CycleGAN(args).to(runtime.device)
     optimizers = make_optimizers(model, args)
-    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # to sample and translate with
+    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # to sample and save; or averages
     parts = model.networks | optimizers     # what has a state_dict to save
     pools, rows, start_step = {"A": [], "B": []}, [], 0
     n_images = [len(data.paths_A), len(data.paths_B)]
@@ -617,8 +617,8 @@ def make_out_dir(args, model):
         print("without a GPU this takes days: try --size 64, or --demo")
     if os.path.exists(f"{args.out_dir}/latest.pt"):
         die(f"{args.out_dir} holds a run: --resume it, or choose another --out_dir")
-    n_weights = sum(p.numel() for p in model.parameters())      # each has two moments
-    n_bytes = 2 * 4 * (3 * n_weights + 6 * args.pool_size * args.size**2)   # old, new file; float32
+    n_weights = sum(p.numel() for p in model.parameters())      # 3 numbers: each has two moments
+    n_bytes = 2 * 4 * (3 * n_weights + 6 * args.pool_size * args.size**2)   # 2 files, 4 bytes
     try:
         os.makedirs(args.out_dir, exist_ok=True)
         if shutil.disk_usage(args.out_dir).free < n_bytes:
@@ -627,13 +627,13 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, is_finished):
-    """Loads a run -> rows of its log. Refuses a changed flag if it is fixed or comes too late."""
+    """Loads a run -> rows of its log. Fixed flags cannot change, and none if no step is left."""
     fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
         if getattr(args, name) != value and (is_finished or name in fixed):
             die(f"--{name} was {value}: too late to change it; start a run in another --out_dir")
     try:
-        for name in checkpoint["parts"].keys() | parts.keys():      # missing in either: KeyError
+        for name in {*checkpoint["parts"], *parts}:         # missing in either: KeyError
             parts[name].load_state_dict(checkpoint["parts"][name])
         pools.update(checkpoint["pools"])
     except (KeyError, RuntimeError, ValueError):
@@ -651,7 +651,7 @@ def load_generators(path, argv=()):
     try:
         for name, state in checkpoint.get("generators", {"G_AB": checkpoint}).items():
             G = generators[name] = GENERATORS[args.generator](args)
-            if state is checkpoint:         # of other code: one generator, with other names
+            if state is checkpoint:     # no "generators": the file is one network, of other code
                 weights = [w for key, w in state.items() if key.endswith(("weight", "bias"))]
                 state = dict(zip(G.state_dict(), weights, strict=True))
             G.load_state_dict(state)
@@ -664,6 +664,12 @@ def translate_any(G, x):
     h, w = x.shape[-2:]
     x = F.pad(x, (0, -w % G.size_multiple, 0, -h % G.size_multiple), mode="replicate")
     return G(x)[..., :h, :w]
+
+def compare(x, y, truth):
+    """-> mean |y - truth| where x != truth; this divided by mean |x - truth|; the mean elsewhere."""
+    before, after = [(image - truth).abs().mean(dim=1) for image in (x, y)]
+    inside = after[before > 0].mean()
+    return inside, inside / before[before > 0].mean(), after[before == 0].mean()
 
 @torch.no_grad()
 def translate(argv, args):
@@ -695,22 +701,16 @@ def translate(argv, args):
         write_file(f"{args.output}/{name}.png", write_png, y)
         if args.round_trip:
             write_file(f"{args.output}/{name}_back.png", write_png, translate_any(networks[1], y))
-        if name in truths:
-            truth = runtime.to_float(preprocess(read_image(truths[name]), args))
-            errors.append(compare(x, y, truth))
+        truth = read_image(truths[name]) if name in truths else None
+        if truth is not None:
+            errors.append(compare(x, y, runtime.to_float(preprocess(truth, args))))
         n_translated += 1
     print(f"translated {n_translated} of {len(images)} images into {args.output}")
     if errors:
         inside, share, elsewhere = torch.tensor(errors).nanmean(dim=0)
         print(f"inside the changed region: error {inside:.3f} ({share:.1%} of leaving it "
               f"unchanged); elsewhere: error {elsewhere:.3f} (images in [-1, 1])")
-    return int(n_translated < len(images))
-
-def compare(x, y, truth):
-    """-> mean |y - truth| where x and truth differ, its ratio to |x - truth|, and elsewhere."""
-    before, after = [(image - truth).abs().mean(dim=1) for image in (x, y)]
-    inside = after[before > 0].mean()
-    return inside, inside / before[before > 0].mean(), after[before == 0].mean()
+    return n_translated < len(images)
 
 DEMO = """--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 \
 --generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off \
@@ -731,7 +731,7 @@ def demo(argv, args):
     for command in commands:
         words = shlex.split(command) + [word for word in argv if word != "--demo"]
         print("\npython cyclegan.py", shlex.join(words))
-        if main(words) != 0:
+        if main(words):
             return 1
     print(f"\nnow open the last grid in {run}/samples: rows 2 and 5 are translations")
     return 0
@@ -746,7 +746,7 @@ def main(argv):
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
         flags = checkpoint.get("flags", {})
-        flags.update(out_dir=args.resume, resume=args.resume)   # may have moved; `restore` compares
+        flags.update(out_dir=args.resume, resume=args.resume)   # in checkpoint, too, for restore
         args = get_args(argv, flags)
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0
