@@ -666,7 +666,7 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):
-    """-> mean |y - truth| where x != truth; this divided by mean |x - truth|; the mean elsewhere."""
+    """-> mean |y - truth| where x != truth; this / mean |x - truth|; mean |y - truth| elsewhere."""
     before, after = [(image - truth).abs().mean(dim=1) for image in (x, y)]
     inside = after[before > 0].mean()
     return inside, inside / before[before > 0].mean(), after[before == 0].mean()
