@@ -17,7 +17,7 @@ translated ones. No pairs are needed: translated and translated back, an image s
                      └──> D_A: real or fake?
 
 To change networks and GAN losses: GENERATORS, GAN_LOSSES; the objective: generator_loss; the step:
-train_step (a gradient penalty needs --no-compile); an EMA of G: `generators`, `parts` in train.
+train_step (a gradient penalty needs --no-compile); an EMA of G: see `generators` in train.
 """
 import argparse
 import csv
@@ -112,7 +112,6 @@ def get_args(argv=None, stored={}):
     add("native", False, "translate at each image's own size instead of --size")
     add("round_trip", False, "also write NAME_back.png, translated there and back")
     add("truth", None, "folders of true images with the same names: print the error", nargs="+")
-
     differing = stored.keys() ^ vars(parser.parse_args([])).keys()      # in only one of the two
     if stored and differing:
         die(f"checkpoint of another version of cyclegan.py: {differing} differ")
@@ -264,7 +263,7 @@ class ResNetGenerator(CompilableSequential):
 
 class UNetGenerator(nn.Module):
     """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. --size decides how deep it is."""
-    size_multiple = 32          # of --size, so at least 5 levels; __init__ sets that of H and W
+    size_multiple = 32          # for --size: at least 5 levels; for H and W: 2**n_levels, below
 
     def __init__(self, args):
         super().__init__()
@@ -338,7 +337,7 @@ def query_pool(pool, size, fakes):
 bce = F.binary_cross_entropy_with_logits
 
 def ghm(scores, targets, n_bins=10):
-    """GHM-C (Li et al. 2019, Eq. 7): cross-entropy averaged per bin of gradient, then over bins."""
+    """GHM-C (Li et al. 2019, Eq. 7): the mean of each bin of |gradient|, then the mean of these."""
     entropy = bce(scores, targets, reduction="none").flatten()
     gradient = (scores.detach().sigmoid() - targets).abs().flatten()        # of the score, 0 to 1
     bins = (gradient * n_bins).long().clamp(max=n_bins - 1)
@@ -362,7 +361,7 @@ class CycleGAN(nn.Module):
         self.G_AB, self.G_BA = Generator(args), Generator(args)
         self.D_A, self.D_B = PatchDiscriminator(args), PatchDiscriminator(args)
         self.networks = {"G_AB": self.G_AB, "G_BA": self.G_BA, "D_A": self.D_A, "D_B": self.D_B}
-        for network in self.networks.values():      # a frozen one must not be here
+        for network in self.networks.values():      # not a pretrained one: reset here
             network.apply(init_weights)
             if args.compile:
                 network.compile(dynamic=False)      # in place; a graph per shape
@@ -553,8 +552,8 @@ def train(args, checkpoint=None):
     runtime, data = Runtime(args), UnpairedImages(args)
     model = CycleGAN(args).to(runtime.device)
     optimizers = make_optimizers(model, args)
-    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # to sample and save; or averages
-    parts = model.networks | optimizers     # what has a state_dict to save
+    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # to sample and share, or an EMA
+    parts = model.networks | optimizers     # what --resume loads; the EMA goes here, too
     pools, rows, start_step = {"A": [], "B": []}, [], 0
     n_images = [len(data.paths_A), len(data.paths_B)]
     steps_per_epoch = math.ceil(max(n_images) / runtime.pairs_per_step)
@@ -617,8 +616,8 @@ def make_out_dir(args, model):
         print("without a GPU this takes days: try --size 64, or --demo")
     if os.path.exists(f"{args.out_dir}/latest.pt"):
         die(f"{args.out_dir} holds a run: --resume it, or choose another --out_dir")
-    n_weights = sum(p.numel() for p in model.parameters())      # 3 numbers: each has two moments
-    n_bytes = 2 * 4 * (3 * n_weights + 6 * args.pool_size * args.size**2)   # 2 files, 4 bytes
+    n_weights = sum(p.numel() for p in model.parameters())      # x 3: Adam has 2 moments of each
+    n_bytes = 2 * 4 * (3 * n_weights + 6 * args.pool_size * args.size**2)   # 2 RGB pools; old, new
     try:
         os.makedirs(args.out_dir, exist_ok=True)
         if shutil.disk_usage(args.out_dir).free < n_bytes:
@@ -627,7 +626,7 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, is_finished):
-    """Loads a run -> rows of its log. Fixed flags cannot change, and none if no step is left."""
+    """Loads a run -> rows of its log. Fixed flags cannot change; in a finished run, no flag can."""
     fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
         if getattr(args, name) != value and (is_finished or name in fixed):
@@ -651,7 +650,7 @@ def load_generators(path, argv=()):
     try:
         for name, state in checkpoint.get("generators", {"G_AB": checkpoint}).items():
             G = generators[name] = GENERATORS[args.generator](args)
-            if state is checkpoint:     # no "generators": the file is one network, of other code
+            if state is checkpoint:     # one network of other code: other names, same order
                 weights = [w for key, w in state.items() if key.endswith(("weight", "bias"))]
                 state = dict(zip(G.state_dict(), weights, strict=True))
             G.load_state_dict(state)
@@ -666,7 +665,7 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):
-    """-> mean |y - truth| where x != truth; this / mean |x - truth|; mean |y - truth| elsewhere."""
+    """-> error of y where x != truth, its ratio to the error of x there, error of y elsewhere."""
     before, after = [(image - truth).abs().mean(dim=1) for image in (x, y)]
     inside = after[before > 0].mean()
     return inside, inside / before[before > 0].mean(), after[before == 0].mean()
@@ -712,6 +711,7 @@ def translate(argv, args):
               f"unchanged); elsewhere: error {elsewhere:.3f} (images in [-1, 1])")
     return n_translated < len(images)
 
+# ---- 12. Main ------------------------------------------------------------------------------------
 DEMO = """--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 \
 --generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off \
 --no-compile --out_dir {run}
@@ -721,7 +721,7 @@ DEMO = """--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 
 --truth files/toy/black_test --output {run}/black --overwrite"""
 
 def demo(argv, args):
-    """Draws toy faces, then runs the commands of DEMO with the flags typed after --demo."""
+    """Draws toy faces, then runs DEMO: trains, translates both ways. Adds the flags after --demo."""
     from prepare_celeba import toy_faces
     toy_faces("files/toy", n=400, n_test=50)
     run = args.out_dir or "runs/demo"
@@ -746,7 +746,7 @@ def main(argv):
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
         flags = checkpoint.get("flags", {})
-        flags.update(out_dir=args.resume, resume=args.resume)   # in checkpoint, too, for restore
+        flags.update(out_dir=args.resume, resume=args.resume)   # may have moved; edits checkpoint
         args = get_args(argv, flags)
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0
