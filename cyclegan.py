@@ -721,7 +721,7 @@ DEMO = """--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 
 --truth files/toy/black_test --output {run}/black --overwrite"""
 
 def demo(argv, args):
-    """Draws toy faces, then runs DEMO: trains, translates both ways. Adds the flags after --demo."""
+    """Draws toy faces, then runs DEMO: trains, translates both ways. Adds flags after --demo."""
     from prepare_celeba import toy_faces
     toy_faces("files/toy", n=400, n_test=50)
     run = args.out_dir or "runs/demo"
