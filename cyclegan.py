@@ -263,7 +263,7 @@ class ResNetGenerator(CompilableSequential):
 
 class UNetGenerator(nn.Module):
     """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. --size decides how deep it is."""
-    size_multiple = 32          # for --size: at least 5 levels; for H and W: 2**n_levels, below
+    size_multiple = 32          # checked for --size in CycleGAN; for H and W, see below
 
     def __init__(self, args):
         super().__init__()
@@ -337,7 +337,7 @@ def query_pool(pool, size, fakes):
 bce = F.binary_cross_entropy_with_logits
 
 def ghm(scores, targets, n_bins=10):
-    """GHM-C (Li et al. 2019, Eq. 7): the mean of each bin of |gradient|, then the mean of these."""
+    """GHM-C (Li et al. 2019, Eq. 7): mean entropy per bin of |gradient|, averaged over bins."""
     entropy = bce(scores, targets, reduction="none").flatten()
     gradient = (scores.detach().sigmoid() - targets).abs().flatten()        # of the score, 0 to 1
     bins = (gradient * n_bins).long().clamp(max=n_bins - 1)
@@ -361,7 +361,7 @@ class CycleGAN(nn.Module):
         self.G_AB, self.G_BA = Generator(args), Generator(args)
         self.D_A, self.D_B = PatchDiscriminator(args), PatchDiscriminator(args)
         self.networks = {"G_AB": self.G_AB, "G_BA": self.G_BA, "D_A": self.D_A, "D_B": self.D_B}
-        for network in self.networks.values():      # not a pretrained one: reset here
+        for network in self.networks.values():      # keep pretrained ones out
             network.apply(init_weights)
             if args.compile:
                 network.compile(dynamic=False)      # in place; a graph per shape
@@ -452,7 +452,7 @@ class Runtime:
     def to_float(self, images):         # uint8 -> [-1, 1], on the device
         return images.to(self.device, non_blocking=True).float() / 127.5 - 1
 
-    def step(self, optimizer):          # first averages gradients over processes
+    def step(self, optimizer):          # averages gradients over processes, updates, clears them
         if self.world_size > 1:
             for parameter in optimizer.param_groups[0]["params"]:
                 dist.all_reduce(parameter.grad)
@@ -489,7 +489,7 @@ def save_samples(step, generators, runtime, data):
     """Writes a grid of the first six items. Rows: real A, fake B, rec A, real B, fake A, rec B."""
     batch = torch.utils.data.default_collate([data[n] for n in range(6)])
     real_A, real_B = map(runtime.to_float, batch)
-    G_AB, G_BA = [G.forward for G in generators.values()]       # .forward: no graph for 6 images
+    G_AB, G_BA = [G.forward for G in generators.values()]       # .forward: bypasses torch.compile
     with runtime.autocast():
         fake_B, fake_A = G_AB(real_A), G_BA(real_B)
         grid = [real_A, fake_B, G_BA(fake_B), real_B, fake_A, G_AB(fake_A)]
@@ -552,7 +552,7 @@ def train(args, checkpoint=None):
     runtime, data = Runtime(args), UnpairedImages(args)
     model = CycleGAN(args).to(runtime.device)
     optimizers = make_optimizers(model, args)
-    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # to sample and share, or an EMA
+    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # sampled and shared; or an EMA
     parts = model.networks | optimizers     # what --resume loads; the EMA goes here, too
     pools, rows, start_step = {"A": [], "B": []}, [], 0
     n_images = [len(data.paths_A), len(data.paths_B)]
@@ -607,7 +607,7 @@ def train(args, checkpoint=None):
             break
         ready_time = time.time()
     if runtime.rank == 0:
-        print(f"see {args.out_dir}/samples; to continue (if finished, with more --epochs):\n"
+        print(f"see {args.out_dir}/samples; to continue (add --epochs or --max_steps if finished):\n"
               f"python cyclegan.py --resume {shlex.quote(args.out_dir)}")
 
 def make_out_dir(args, model):
@@ -617,7 +617,7 @@ def make_out_dir(args, model):
     if os.path.exists(f"{args.out_dir}/latest.pt"):
         die(f"{args.out_dir} holds a run: --resume it, or choose another --out_dir")
     n_weights = sum(p.numel() for p in model.parameters())      # x 3: Adam has 2 moments of each
-    n_bytes = 2 * 4 * (3 * n_weights + 6 * args.pool_size * args.size**2)   # 2 RGB pools; old, new
+    n_bytes = 2 * 4 * (3 * n_weights + 6 * args.pool_size * args.size**2)   # old + new; RGB pools
     try:
         os.makedirs(args.out_dir, exist_ok=True)
         if shutil.disk_usage(args.out_dir).free < n_bytes:
@@ -626,7 +626,7 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, is_finished):
-    """Loads a run -> rows of its log. Fixed flags cannot change; in a finished run, no flag can."""
+    """Loads a run -> rows of its log. Fixed flags cannot change; with no steps to go, none can."""
     fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
         if getattr(args, name) != value and (is_finished or name in fixed):
@@ -650,7 +650,7 @@ def load_generators(path, argv=()):
     try:
         for name, state in checkpoint.get("generators", {"G_AB": checkpoint}).items():
             G = generators[name] = GENERATORS[args.generator](args)
-            if state is checkpoint:     # one network of other code: other names, same order
+            if "generators" not in checkpoint:      # other code: other names, same order
                 weights = [w for key, w in state.items() if key.endswith(("weight", "bias"))]
                 state = dict(zip(G.state_dict(), weights, strict=True))
             G.load_state_dict(state)
@@ -721,13 +721,13 @@ DEMO = """--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 
 --truth files/toy/black_test --output {run}/black --overwrite"""
 
 def demo(argv, args):
-    """Draws toy faces, then runs DEMO: trains, translates both ways. Adds flags after --demo."""
+    """Draws toy faces, then runs the three commands of DEMO, with the flags after --demo added."""
     from prepare_celeba import toy_faces
     toy_faces("files/toy", n=400, n_test=50)
     run = args.out_dir or "runs/demo"
     commands = DEMO.format(run=shlex.quote(run)).splitlines()
     if os.path.exists(f"{run}/latest.pt"):
-        commands[0] = f"--resume {shlex.quote(run)}"
+        commands[0] = f"--resume {shlex.quote(run)}"        # instead of training from scratch
     for command in commands:
         words = shlex.split(command) + [word for word in argv if word != "--demo"]
         print("\npython cyclegan.py", shlex.join(words))
@@ -746,8 +746,8 @@ def main(argv):
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
         flags = checkpoint.get("flags", {})
-        flags.update(out_dir=args.resume, resume=args.resume)   # may have moved; edits checkpoint
-        args = get_args(argv, flags)
+        flags.update(out_dir=args.resume, resume=args.resume)   # where it is now; restore compares
+        args = get_args(argv, flags)            # the flags of the run, overridden by argv
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0
 
