@@ -607,7 +607,7 @@ def train(args, checkpoint=None):
             break
         ready_time = time.time()
     if runtime.rank == 0:
-        print(f"see {args.out_dir}/samples; to continue (add --epochs or --max_steps if finished):\n"
+        print(f"see {args.out_dir}/samples; to continue (if finished, add --epochs, --max_steps):\n"
               f"python cyclegan.py --resume {shlex.quote(args.out_dir)}")
 
 def make_out_dir(args, model):
