@@ -98,7 +98,7 @@ def get_args(argv=None, stored={}):
     add("beta1", 0.5, "first beta of Adam")
     group = parser.add_argument_group("speed")
     add("amp", "auto", "auto: bf16 if the hardware has it", choices=["auto", "bf16", "off"])
-    add("compile", torch.cuda.is_available(), "torch.compile; the default depends on CUDA")
+    add("compile", torch.cuda.is_available(), "torch.compile; True if CUDA is available")
     group = parser.add_argument_group("output")
     add("log_every", 100, "steps between rows of the log")
     add("sample_every", 500, "steps between sample grids")
@@ -220,7 +220,7 @@ def load_batches(data, start_step, total_steps, runtime):
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # autocast would return float32
+        with torch.autocast(x.device.type, enabled=False):      # keeps bf16, where it is on
             return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients, if N = 1
 
 def upsample(n_in, n_out, args, kernel_size=3):
@@ -276,7 +276,7 @@ class UNetGenerator(nn.Module):
             n = args.ngf * min(2**k, 8)                                     # 64, 128, 256, 512 ...
             n_up = 2 * n if k < n_levels - 1 else n     # n from the level below, n from the skip
             self.downs.append(nn.Conv2d(n_in, n, 4, stride=2, padding=1))
-            self.ups.insert(0, upsample(n_up, n_in, args, kernel_size=4))
+            self.ups.insert(0, upsample(n_up, n_in, args, kernel_size=4))   # the innermost first
             n_in = n
 
     def forward(self, x):                                           # (N, 3,    H,   W)
@@ -339,7 +339,7 @@ bce = F.binary_cross_entropy_with_logits
 def ghm(scores, targets, n_bins=10):
     """GHM-C (Li et al. 2019, Eq. 7): mean entropy per bin of |gradient|, averaged over bins."""
     entropy = bce(scores, targets, reduction="none").flatten()
-    gradient = (scores.detach().sigmoid() - targets).abs().flatten()        # of the score, 0 to 1
+    gradient = (scores.detach().sigmoid() - targets).abs().flatten()        # d entropy / d score
     bins = (gradient * n_bins).long().clamp(max=n_bins - 1)
     n_in_bin = F.one_hot(bins, n_bins).sum(0)       # unlike bincount, does not wait for the GPU
     return (entropy / n_in_bin[bins]).sum() / n_in_bin.count_nonzero()
@@ -361,7 +361,7 @@ class CycleGAN(nn.Module):
         self.G_AB, self.G_BA = Generator(args), Generator(args)
         self.D_A, self.D_B = PatchDiscriminator(args), PatchDiscriminator(args)
         self.networks = {"G_AB": self.G_AB, "G_BA": self.G_BA, "D_A": self.D_A, "D_B": self.D_B}
-        for network in self.networks.values():      # keep pretrained ones out
+        for network in self.networks.values():      # would reset a pretrained one
             network.apply(init_weights)
             if args.compile:
                 network.compile(dynamic=False)      # in place; a graph per shape
@@ -511,7 +511,7 @@ def write_log(path, rows):
     print(f"{step:7}", *[f"{value:7.3g}" for value in values], flush=True)
 
 def save_checkpoint(args, generators, parts, **history):
-    """Writes latest.pt for --resume, with the `history` of the run, and generators.pt to share."""
+    """Writes latest.pt (parts: networks, optimizers; history: pools, log) and generators.pt."""
     weights = {name: G.state_dict() for name, G in generators.items()}
     shared = {"flags": vars(args), "generators": weights}
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -552,8 +552,8 @@ def train(args, checkpoint=None):
     runtime, data = Runtime(args), UnpairedImages(args)
     model = CycleGAN(args).to(runtime.device)
     optimizers = make_optimizers(model, args)
-    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # sampled and shared; or an EMA
-    parts = model.networks | optimizers     # what --resume loads; the EMA goes here, too
+    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # to sample and share, or their EMA
+    parts = model.networks | optimizers     # what --resume loads; add an EMA here, too
     pools, rows, start_step = {"A": [], "B": []}, [], 0
     n_images = [len(data.paths_A), len(data.paths_B)]
     steps_per_epoch = math.ceil(max(n_images) / runtime.pairs_per_step)
@@ -665,7 +665,7 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):
-    """-> error of y where x != truth, its ratio to the error of x there, error of y elsewhere."""
+    """Input, output -> error of y where x != truth, its ratio to that of x; that of y elsewhere."""
     before, after = [(image - truth).abs().mean(dim=1) for image in (x, y)]
     inside = after[before > 0].mean()
     return inside, inside / before[before > 0].mean(), after[before == 0].mean()
@@ -746,7 +746,7 @@ def main(argv):
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
         flags = checkpoint.get("flags", {})
-        flags.update(out_dir=args.resume, resume=args.resume)   # where it is now; restore compares
+        flags.update(out_dir=args.resume, resume=args.resume)   # in checkpoint, too, for restore
         args = get_args(argv, flags)            # the flags of the run, overridden by argv
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0

@@ -57,12 +57,12 @@ def get_args(argv=None):
     add("--nameA", help="name of A's folder (default: from the attribute, such as black)")
     add("--nameB", help="name of B's folder (default: from the attribute, such as blond)")
     add("--link", default="copy", choices=["copy", "hard", "symlink", "move"],
-        help="how to place the images of a folder (default: %(default)s). Links take no space, but "
+        help="how to place images outside a zip (default: %(default)s). Links take no space, but "
              "editing a linked image changes the original; where they fail, images are copied")
 
     add = parser.add_argument_group("toy faces").add_argument
     add("--toy", type=count, help="instead of sorting CelebA, draw this many faces of each domain "
-        "into OUT/toy and, for testing, --test people, each with both hair colors")
+        "into OUT/toy; --test more people, in both hair colors, for testing")
 
     # argparse takes the "-Eyeglasses" of "--B -Eyeglasses" for a flag, so join the two by "=".
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -940,24 +940,24 @@ def test_bad_input_is_one_line_and_nothing_is_written(top, tmp_path, capsys, mon
     assert os.listdir() == [] and modification_times(top) == before
 
 def test_unreadable_images_are_reported_and_replaced_in_training(top, data, capfd):
-    words = f"{SMALL} --dataA a {top}/bad --dataB b --out_dir run --max_steps 14"
-    assert run(f"{words} --workers 2") == 0
+    run(f"{SMALL} --dataA a {top}/bad --dataB b --out_dir run --max_steps 14 --workers 2")
     assert set(re.findall("skipped .*/bad/(.*?): ", capfd.readouterr().err)) == set(BROKEN)
 
 # ---- Translating ---------------------------------------------------------------------------------
 def translate(top, words):
     return run(f"--checkpoint {top}/resnet/generators.pt --output out --device cpu {words}")
 
-@pytest.mark.parametrize("words, side", [("", 32), ("--size 64", 64), ("--native", None)])
+@pytest.mark.parametrize("words, side", [
+    ("resnet/latest.pt", 32), ("resnet/latest.pt --size 64", 64), ("unet/latest.pt --native", 0)])
 def test_translating_keeps_folders_and_names_and_if_native_sizes(top, data, words, side):
     sizes = {"s/ü": (7, 5), "s/1": (8, 9), "a.b": (33, 50)}
     os.makedirs("in/s")
     for name, size in sizes.items():
         Image.new("RGB", size).save(f"in/{name}.webp")
-    assert translate(top, f"--input in {words} --round_trip") == 0
+    assert translate(top, f"--input in --round_trip --checkpoint {top}/{words}") == 0
     for name, size in sizes.items():
-        for path in (f"out/{name}.png", f"out/{name}_back.png"):
-            assert Image.open(path).size == (size if side is None else (side, side))
+        for end in ("", "_back"):
+            assert Image.open(f"out/{name}{end}.png").size == ((side, side) if side else size)
 
 @pytest.mark.parametrize("path, direction, names", [
     ("resnet/generators.pt", "AtoB", ["G_AB", "G_BA"]),
