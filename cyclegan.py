@@ -98,7 +98,7 @@ def get_args(argv=None, stored={}):
     add("beta1", 0.5, "first beta of Adam")
     group = parser.add_argument_group("speed")
     add("amp", "auto", "auto: bf16 if the hardware has it", choices=["auto", "bf16", "off"])
-    add("compile", torch.cuda.is_available(), "torch.compile; True if CUDA is available")
+    add("compile", torch.cuda.is_available(), "compile the networks with torch.compile")
     group = parser.add_argument_group("output")
     add("log_every", 100, "steps between rows of the log")
     add("sample_every", 500, "steps between sample grids")

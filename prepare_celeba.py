@@ -53,16 +53,16 @@ def get_args(argv=None):
     add("--limit", type=count, help="training images to keep of each domain (default: 0, all)")
 
     add = parser.add_argument_group("output").add_argument
-    add("--out", type=os.path.expanduser, default="files", help="parent (default: %(default)s)")
+    add("--out", type=os.path.expanduser, default="files", help="parent folder (default: files)")
     add("--nameA", help="name of A's folder (default: from the attribute, such as black)")
     add("--nameB", help="name of B's folder (default: from the attribute, such as blond)")
     add("--link", default="copy", choices=["copy", "hard", "symlink", "move"],
-        help="how to place images outside a zip (default: %(default)s). Links take no space, but "
+        help="how to place images (default: copy; a zip: always). Links take no space, but "
              "editing a linked image changes the original; where they fail, images are copied")
 
     add = parser.add_argument_group("toy faces").add_argument
     add("--toy", type=count, help="instead of sorting CelebA, draw this many faces of each domain "
-        "into OUT/toy; --test more people, in both hair colors, for testing")
+        "into OUT/toy, and TEST people in both hair colors for testing")
 
     # argparse takes the "-Eyeglasses" of "--B -Eyeglasses" for a flag, so join the two by "=".
     argv = list(sys.argv[1:] if argv is None else argv)
