@@ -57,7 +57,7 @@ def get_args(argv=None):
     add("--nameA", help="name of A's folder (default: from the attribute, such as black)")
     add("--nameB", help="name of B's folder (default: from the attribute, such as blond)")
     add("--link", default="copy", choices=["copy", "hard", "symlink", "move"],
-        help="how to place images (default: copy; a zip: always). Links take no space, but "
+        help="how to place images (default: copy; always for a zip). Links take no space, but "
              "editing a linked image changes the original; where they fail, images are copied")
 
     add = parser.add_argument_group("toy faces").add_argument
