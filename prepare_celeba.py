@@ -62,7 +62,7 @@ def get_args(argv=None):
 
     add = parser.add_argument_group("toy faces").add_argument
     add("--toy", type=count, help="instead of sorting CelebA, draw this many faces of each domain "
-        "into OUT/toy, and TEST people in both hair colors for testing")
+        "into OUT/toy; with --test N, also N people with both hair colors")
 
     # argparse takes the "-Eyeglasses" of "--B -Eyeglasses" for a flag, so join the two by "=".
     argv = list(sys.argv[1:] if argv is None else argv)
