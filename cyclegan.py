@@ -6,7 +6,7 @@ CycleGAN in one file: learns to translate between two kinds of images from two u
   python cyclegan.py --dataA files/black --dataB files/blond    # train; writes runs/black2blond
   python cyclegan.py --resume runs/black2blond                  # continue from the last checkpoint
   python cyclegan.py --checkpoint runs/black2blond/generators.pt --input photos --output out
-  torchrun --standalone --nproc_per_node=8 cyclegan.py --dataA files/black --dataB files/blond
+  torchrun --nproc_per_node=8 cyclegan.py --dataA files/black --dataB files/blond --out_dir runs/8
 
 Two generators translate, one in each direction; two discriminators learn to tell real images from
 translated ones. No pairs are needed: translated and translated back, an image should be unchanged.
@@ -85,7 +85,7 @@ def get_args(argv=None, stored={}):
     add("ndf", 64, "channels of a discriminator's first layer")
     add("upsample", "deconv", "nearest: no checkerboard artifacts", choices=["deconv", "nearest"])
     group = parser.add_argument_group("objective")
-    add("gan_loss", "lsgan", "lsgan: least squares (the paper's)", choices=GAN_LOSSES)
+    add("gan_loss", "lsgan", "least squares, cross-entropy, focal or GHM loss", choices=GAN_LOSSES)
     add("lambda_cycle", 10.0, "weight of cycle consistency")
     add("lambda_identity", 0.5, "weight of the identity term, relative to lambda_cycle")
     add("pool_size", 50, "past fakes kept to train each discriminator; 0: none")
@@ -111,7 +111,7 @@ def get_args(argv=None, stored={}):
     add("direction", "AtoB", "which generator to use", choices=["AtoB", "BtoA"])
     add("native", False, "translate at each image's own size instead of --size")
     add("round_trip", False, "also write NAME_back.png, translated there and back")
-    add("truth", None, "folders of true images with the same names: print the error", nargs="+")
+    add("truth", None, "folders of correct translations, named alike: print the error", nargs="+")
     differing = stored.keys() ^ vars(parser.parse_args([])).keys()      # in only one of the two
     if stored and differing:
         die(f"checkpoint of another version of cyclegan.py: {differing} differ")

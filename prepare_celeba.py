@@ -62,7 +62,7 @@ def get_args(argv=None):
 
     add = parser.add_argument_group("toy faces").add_argument
     add("--toy", type=count, help="instead of sorting CelebA, draw this many faces of each domain "
-        "into OUT/toy; with --test N, also N people with both hair colors")
+        "into OUT/toy; with --test N, also N people, once per hair color")
 
     # argparse takes the "-Eyeglasses" of "--B -Eyeglasses" for a flag, so join the two by "=".
     argv = list(sys.argv[1:] if argv is None else argv)
