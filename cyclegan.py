@@ -111,7 +111,7 @@ def get_args(argv=None, stored={}):
     add("direction", "AtoB", "which generator to use", choices=["AtoB", "BtoA"])
     add("native", False, "translate at each image's own size instead of --size")
     add("round_trip", False, "also write NAME_back.png, translated there and back")
-    add("truth", None, "folders of correct translations, named alike: print the error", nargs="+")
+    add("truth", None, "folders of correct translations, same file names: print error", nargs="+")
     differing = stored.keys() ^ vars(parser.parse_args([])).keys()      # in only one of the two
     if stored and differing:
         die(f"checkpoint of another version of cyclegan.py: {differing} differ")

@@ -58,11 +58,11 @@ def get_args(argv=None):
     add("--nameB", help="name of B's folder (default: from the attribute, such as blond)")
     add("--link", default="copy", choices=["copy", "hard", "symlink", "move"],
         help="how to place images (default: copy; always for a zip). Links take no space, but "
-             "editing a linked image changes the original; where they fail, images are copied")
+             "editing a linked image changes the original; where linking fails, images are copied")
 
     add = parser.add_argument_group("toy faces").add_argument
     add("--toy", type=count, help="instead of sorting CelebA, draw this many faces of each domain "
-        "into OUT/toy; with --test N, also N people, once per hair color")
+        "into OUT/toy; --test N adds N test people, in both hair colors")
 
     # argparse takes the "-Eyeglasses" of "--B -Eyeglasses" for a flag, so join the two by "=".
     argv = list(sys.argv[1:] if argv is None else argv)
