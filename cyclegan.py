@@ -336,12 +336,12 @@ def query_pool(pool, size, fakes):
 # 0, and adv_AB and adv_BA near 1, then D has won, or G copies its input.
 bce = F.binary_cross_entropy_with_logits
 
-def ghm(scores, targets, n_bins=10):
-    """GHM-C (Li et al. 2019, Eq. 7): mean entropy per bin of |gradient|, averaged over bins."""
+def ghm(scores, targets):
+    """GHM-C (Li et al. 2019, Eq. 7): mean entropy per bin of |gradient|, averaged over 10 bins."""
     entropy = bce(scores, targets, reduction="none").flatten()
     gradient = (scores.detach().sigmoid() - targets).abs().flatten()        # d entropy / d score
-    bins = (gradient * n_bins).long().clamp(max=n_bins - 1)
-    n_in_bin = F.one_hot(bins, n_bins).sum(0)       # unlike bincount, does not wait for the GPU
+    bins = (gradient * 10).long().clamp(max=9)
+    n_in_bin = F.one_hot(bins, 10).sum(0)       # unlike bincount, does not wait for the GPU
     return (entropy / n_in_bin[bins]).sum() / n_in_bin.count_nonzero()
 
 GAN_LOSSES = {                          # (loss of D, loss of G), both of scores and targets
@@ -454,9 +454,10 @@ class Runtime:
 
     def step(self, optimizer):          # averages gradients over processes, updates, clears them
         if self.world_size > 1:
-            for parameter in optimizer.param_groups[0]["params"]:
-                dist.all_reduce(parameter.grad)
-                parameter.grad /= self.world_size
+            gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
+            flat = nn.utils.parameters_to_vector(gradients)     # one sum is faster than many
+            dist.all_reduce(flat)
+            nn.utils.vector_to_parameters(flat / self.world_size, gradients)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -512,8 +513,8 @@ def write_log(path, rows):
 
 def save_checkpoint(args, generators, parts, **history):
     """Writes latest.pt (parts: networks, optimizers; history: pools, log) and generators.pt."""
-    weights = {name: G.state_dict() for name, G in generators.items()}
-    shared = {"flags": vars(args), "generators": weights}
+    shared = {"flags": vars(args),
+              "generators": {name: G.state_dict() for name, G in generators.items()}}
     states = {name: part.state_dict() for name, part in parts.items()}
     write_file(f"{args.out_dir}/latest.pt", torch.save, shared | {"parts": states} | history)
     write_file(f"{args.out_dir}/generators.pt", torch.save, shared)
@@ -570,7 +571,6 @@ def train(args, checkpoint=None):
         print(f"{args.out_dir}: {n_images} images of [A, B], on {runtime.device}; {args.epochs} "
               f"epochs at lr {args.lr}, then {args.epochs_decay} down to 0; starting at epoch "
               f"{epoch:.2f}, lr {lr_at(epoch, args):.2g}; {total_steps - start_step} steps to go")
-
     start_time = row_time = ready_time = time.time()
     sums = Counter()                    # of terms since the last row of the log; update() adds
     for step, real_A, real_B in load_batches(data, start_step, total_steps, runtime):
@@ -581,7 +581,7 @@ def train(args, checkpoint=None):
         terms = train_step(model, optimizers, pools, runtime, real_A, real_B, step)
         sums.update(terms)
 
-        is_stopping = runtime.mean([len(stop_signals)])[0] > 0          # in any process
+        is_stopping = runtime.mean([len(stop_signals)]) != [0]          # in any process
         is_last = is_stopping or step == total_steps
         is_saving = is_last or step % args.save_every == 0
         is_logging = is_saving or step % args.log_every == 0
