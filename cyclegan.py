@@ -206,7 +206,7 @@ def ignore_signals(_):
 
 def load_batches(data, start_step, total_steps, runtime):
     """Yields step, real_A, real_B: (N, 3, size, size) in [-1, 1], on the device of this process."""
-    n = runtime.pairs_per_step          # of all processes; each reads its share (section 8)
+    n = runtime.pairs_per_step      # over all processes (section 8); each takes every world_size-th
     pairs = range(start_step * n, total_steps * n)
     loader = torch.utils.data.DataLoader(
         data, data.args.batch_size, sampler=pairs[runtime.rank::runtime.world_size],
@@ -220,7 +220,7 @@ def load_batches(data, start_step, total_steps, runtime):
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # keeps bf16, where it is on
+        with torch.autocast(x.device.type, enabled=False):      # it would turn bf16 to float32
             return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients, if N = 1
 
 def upsample(n_in, n_out, args, kernel_size=3):
@@ -361,7 +361,7 @@ class CycleGAN(nn.Module):
         self.G_AB, self.G_BA = Generator(args), Generator(args)
         self.D_A, self.D_B = PatchDiscriminator(args), PatchDiscriminator(args)
         self.networks = {"G_AB": self.G_AB, "G_BA": self.G_BA, "D_A": self.D_A, "D_B": self.D_B}
-        for network in self.networks.values():      # would reset a pretrained one
+        for network in self.networks.values():      # load pretrained weights after it
             network.apply(init_weights)
             if args.compile:
                 network.compile(dynamic=False)      # in place; a graph per shape
@@ -616,8 +616,8 @@ def make_out_dir(args, model):
         print("without a GPU this takes days: try --size 64, or --demo")
     if os.path.exists(f"{args.out_dir}/latest.pt"):
         die(f"{args.out_dir} holds a run: --resume it, or choose another --out_dir")
-    n_weights = sum(p.numel() for p in model.parameters())      # x 3: Adam has 2 moments of each
-    n_bytes = 2 * 4 * (3 * n_weights + 6 * args.pool_size * args.size**2)   # old + new; RGB pools
+    n_weights = sum(p.numel() for p in model.parameters())      # x 4: 2 moments, generators.pt
+    n_bytes = 2 * 4 * (4 * n_weights + 6 * args.pool_size * args.size**2)   # old + new; RGB pools
     try:
         os.makedirs(args.out_dir, exist_ok=True)
         if shutil.disk_usage(args.out_dir).free < n_bytes:
@@ -650,7 +650,7 @@ def load_generators(path, argv=()):
     try:
         for name, state in checkpoint.get("generators", {"G_AB": checkpoint}).items():
             G = generators[name] = GENERATORS[args.generator](args)
-            if "generators" not in checkpoint:      # other code: other names, same order
+            if "generators" not in checkpoint:      # a bare state dict: only the order fits
                 weights = [w for key, w in state.items() if key.endswith(("weight", "bias"))]
                 state = dict(zip(G.state_dict(), weights, strict=True))
             G.load_state_dict(state)
@@ -665,7 +665,7 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):
-    """Input, output -> error of y where x != truth, its ratio to that of x; that of y elsewhere."""
+    """Input x, output y -> error of y where x != truth; this / error of x; error of y elsewhere."""
     before, after = [(image - truth).abs().mean(dim=1) for image in (x, y)]
     inside = after[before > 0].mean()
     return inside, inside / before[before > 0].mean(), after[before == 0].mean()
@@ -746,7 +746,7 @@ def main(argv):
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
         flags = checkpoint.get("flags", {})
-        flags.update(out_dir=args.resume, resume=args.resume)   # in checkpoint, too, for restore
+        flags.update(out_dir=args.resume, resume=args.resume)   # in place: restore compares these
         args = get_args(argv, flags)            # the flags of the run, overridden by argv
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0
