@@ -16,8 +16,8 @@ translated ones. No pairs are needed: translated and translated back, an image s
   real_B ──G_BA──> fake_A ──G_AB──> rec_B ≈ real_B
                      └──> D_A: real or fake?
 
-To change networks and GAN losses: GENERATORS, GAN_LOSSES; the objective: generator_loss; the step:
-train_step (a gradient penalty needs --no-compile); an EMA of G: see `generators` in train.
+Where to change networks: GENERATORS; GAN losses: GAN_LOSSES; the objective: generator_loss; the
+step: train_step (a gradient penalty needs --no-compile); an EMA of G: see `generators` in train.
 """
 import argparse
 import csv
@@ -112,22 +112,20 @@ def get_args(argv=None, stored={}):
     add("native", False, "translate at each image's own size instead of --size")
     add("round_trip", False, "also write NAME_back.png, translated there and back")
     add("truth", None, "folders of correct translations, same file names: print error", nargs="+")
-    differing = stored.keys() ^ vars(parser.parse_args([])).keys()      # in only one of the two
-    if stored and differing:
-        die(f"checkpoint of another version of cyclegan.py: {differing} differ")
-    args = parser.parse_args(argv, argparse.Namespace(**stored))    # argv overrides stored
+    defaults = vars(parser.parse_args([]))
+    if stored and stored.keys() != defaults.keys():
+        die(f"checkpoint of another version of cyclegan.py: {stored.keys() ^ defaults.keys()}")
+    args = parser.parse_args(argv, argparse.Namespace(**stored))    # stored, where argv is silent
     for name, value in vars(args).items():
-        low = int(name in ("ngf", "ndf", "batch_size", "log_every", "sample_every", "save_every"))
-        if isinstance(value, (int, float)) and not value >= low:        # catches nan, too
-            die(f"--{name} {value} must be at least {low}")
+        minimum = 1 if name in "ngf ndf batch_size log_every sample_every save_every".split() else 0
+        if isinstance(value, (int, float)) and not value >= minimum:    # also true of nan
+            die(f"--{name} {value} must be at least {minimum}")
     args.load_size = args.load_size or args.size * 286 // 256
     args.blocks = args.blocks or (9 if args.size >= 256 else 6)
-    if args.dataA and args.dataB:
-        if set(args.dataA) & set(args.dataB):
-            die("the same folder is in --dataA and in --dataB")
+    if args.dataA and args.dataB and not args.out_dir:
         A, B = Path(args.dataA[0]), Path(args.dataB[0])
-        name = A.parent.name if A.name == "trainA" else f"{A.name}2{B.name}"    # horse2zebra/trainA
-        args.out_dir = args.out_dir or path(f"runs/{name}")
+        name = A.parent.name if A.name == "trainA" else f"{A.name}2{B.name}"    # x/trainA: x
+        args.out_dir = path(f"runs/{name}")
     return args
 
 # ---- 2. Data -------------------------------------------------------------------------------------
@@ -176,11 +174,12 @@ def seed_torch(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 class UnpairedImages:
-    """Item n of an endless stream: an image of A and one of B, (3, size, size) uint8. Items are
-    pure functions of (seed, n), so an interruption or --workers does not change what is seen."""
+    """Item n (counted over all epochs): an image of A and one of B, a function of (seed, n)."""
     def __init__(self, args):
         if None in (args.dataA, args.dataB):
             die("training needs --dataA and --dataB; see --help, or try --demo")
+        if set(args.dataA) & set(args.dataB):
+            die("the same folder is in --dataA and in --dataB")
         self.args = args
         self.paths_A = list(find_images(args.dataA, args.out_dir))
         self.paths_B = list(find_images(args.dataB, args.out_dir))
@@ -189,8 +188,8 @@ class UnpairedImages:
         return self.load_item(self.paths_A, n, "A"), self.load_item(self.paths_B, n, "B")
 
     def load_item(self, paths, n, domain):
-        for k in range(n, n + 100):             # image n, or the next one that can be read
-            lap, i = divmod(k, len(paths))      # a lap shows each image of the domain once
+        for k in range(n, n + 100):             # k = n, unless that file cannot be read
+            lap, i = divmod(k, len(paths))      # each lap shows all images, in a new order
             rng = np.random.default_rng((self.args.seed, lap, ord(domain)))
             path = paths[rng.permutation(len(paths))[i]]
             image = read_image(path)
@@ -206,7 +205,7 @@ def ignore_signals(_):
 
 def load_batches(data, start_step, total_steps, runtime):
     """Yields step, real_A, real_B: (N, 3, size, size) in [-1, 1], on the device of this process."""
-    n = runtime.pairs_per_step      # over all processes (section 8); each takes every world_size-th
+    n = runtime.pairs_per_step      # of all processes (section 8); each loads every world_size-th
     pairs = range(start_step * n, total_steps * n)
     loader = torch.utils.data.DataLoader(
         data, data.args.batch_size, sampler=pairs[runtime.rank::runtime.world_size],
@@ -220,7 +219,7 @@ def load_batches(data, start_step, total_steps, runtime):
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # it would turn bf16 to float32
+        with torch.autocast(x.device.type, enabled=False):      # which would return float32
             return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients, if N = 1
 
 def upsample(n_in, n_out, args, kernel_size=3):
@@ -247,8 +246,6 @@ class ResidualBlock(nn.Sequential):
 
 class ResNetGenerator(CompilableSequential):
     """The paper's generator (§7.2): 11,378,179 parameters with 9 blocks, 7,837,699 with 6."""
-    size_multiple = 4                           # what H and W must be divisible by
-
     def __init__(self, args):
         n = args.ngf
         norm_relu = [InstanceNorm(), nn.ReLU()]         # no weights: all layers can share them
@@ -260,24 +257,26 @@ class ResNetGenerator(CompilableSequential):
             upsample(4 * n, 2 * n, args), *norm_relu,                           # (N, 128, H/2, W/2)
             upsample(2 * n, n, args), *norm_relu,                               # (N,  64, H,   W)
             nn.Conv2d(n, 3, 7, padding=3, padding_mode="reflect"), nn.Tanh())   # (N,   3, H,   W)
+        self.size_multiple = 4                  # what H and W must be divisible by
 
 class UNetGenerator(nn.Module):
     """The U-Net of pix2pix, 54,409,603 parameters at 256 pixels. --size decides how deep it is."""
-    size_multiple = 32          # checked for --size in CycleGAN; for H and W, see below
-
     def __init__(self, args):
         super().__init__()
         n_levels = max(k for k in range(9) if args.size % 2**k == 0)        # 256 -> 8, 96 -> 5
+        if n_levels < 5:
+            die("with --generator unet, --size must be a multiple of 32")
         self.size_multiple = 2**n_levels
         self.norm = InstanceNorm()
         self.downs, self.ups = nn.ModuleList(), nn.ModuleList()
+        widths = [args.ngf * min(2**k, 8) for k in range(n_levels)]         # 64, 128, 256, 512 ...
         n_in = 3
-        for k in range(n_levels):
-            n = args.ngf * min(2**k, 8)                                     # 64, 128, 256, 512 ...
-            n_up = 2 * n if k < n_levels - 1 else n     # n from the level below, n from the skip
-            self.downs.append(nn.Conv2d(n_in, n, 4, stride=2, padding=1))
-            self.ups.insert(0, upsample(n_up, n_in, args, kernel_size=4))   # the innermost first
-            n_in = n
+        for n_out in widths:
+            self.downs.append(nn.Conv2d(n_in, n_out, 4, stride=2, padding=1))
+            n_in = n_out
+        for n_out in [*widths[-2::-1], 3]:      # from the innermost level out: ..., 128, 64, 3
+            self.ups.append(upsample(n_in, n_out, args, kernel_size=4))
+            n_in = 2 * n_out                    # as many again come from the skip connection
 
     def forward(self, x):                                           # (N, 3,    H,   W)
         skips = [self.downs[0](x)]                                  # (N, 64,   H/2, W/2)
@@ -327,20 +326,19 @@ def query_pool(pool, size, fakes):
     return torch.stack(result)
 
 # ---- 6. Objective --------------------------------------------------------------------------------
-# Three terms for the generators. Adversarial (Eq. 1): the output looks like the other domain, but
-# alone it would allow one such image for all inputs (collapse). Cycle (Eq. 2): translating back
-# recovers the input, but alone it would allow any reversible change, such as inverted colors.
-# Identity (§5.2): G_AB should leave a real B as it is, or else it may shift colors; with a large
-# weight, G copies any input. In the log of a healthy lsgan run, D_A and D_B are 0.1 to 0.25 (0.25:
-# guessing), adv_AB and adv_BA 0.3 to 0.6; the others fall for many epochs. If D_A and D_B are near
-# 0, and adv_AB and adv_BA near 1, then D has won, or G copies its input.
+# Three terms for the generators. Adversarial (Eq. 1): the output looks like the other domain; alone
+# it would allow the same output for all inputs (collapse). Cycle (Eq. 2): translating back recovers
+# the input; alone it would allow any reversible change, such as inverted colors. Identity (§5.2):
+# G_AB leaves a real B as it is. Without it colors may shift; with a large weight G copies inputs.
+# In the log of a healthy lsgan run, D_A and D_B are 0.1 to 0.25 (0.25: guessing), adv_AB and adv_BA
+# 0.3 to 0.6, and the others fall. D near 0 and adv near 1: D has won, or G copies its input.
 bce = F.binary_cross_entropy_with_logits
 
 def ghm(scores, targets):
-    """GHM-C (Li et al. 2019, Eq. 7): mean entropy per bin of |gradient|, averaged over 10 bins."""
+    """GHM-C (Li et al. 2019, Eq. 7): mean entropy per bin of |gradient|, over non-empty bins."""
     entropy = bce(scores, targets, reduction="none").flatten()
     gradient = (scores.detach().sigmoid() - targets).abs().flatten()        # d entropy / d score
-    bins = (gradient * 10).long().clamp(max=9)
+    bins = (gradient * 10).long().clamp(0, 9)
     n_in_bin = F.one_hot(bins, 10).sum(0)       # unlike bincount, does not wait for the GPU
     return (entropy / n_in_bin[bins]).sum() / n_in_bin.count_nonzero()
 
@@ -354,14 +352,14 @@ class CycleGAN(nn.Module):
     """Two generators, two discriminators, and what each pair minimizes."""
     def __init__(self, args):
         super().__init__()
-        Generator = GENERATORS[args.generator]
-        if args.size % Generator.size_multiple or not 32 <= args.size <= args.load_size:
-            die(f"--size must be a multiple of {Generator.size_multiple} from 32 to --load_size")
+        if args.size % 4 or not 32 <= args.size <= args.load_size:
+            die("--size must be a multiple of 4, from 32 to --load_size")
         torch.manual_seed(args.seed)    # the same initial weights in every process
+        Generator = GENERATORS[args.generator]
         self.G_AB, self.G_BA = Generator(args), Generator(args)
         self.D_A, self.D_B = PatchDiscriminator(args), PatchDiscriminator(args)
         self.networks = {"G_AB": self.G_AB, "G_BA": self.G_BA, "D_A": self.D_A, "D_B": self.D_B}
-        for network in self.networks.values():      # load pretrained weights after it
+        for network in self.networks.values():      # load pretrained weights after this loop
             network.apply(init_weights)
             if args.compile:
                 network.compile(dynamic=False)      # in place; a graph per shape
@@ -393,9 +391,9 @@ class CycleGAN(nn.Module):
         """Real images should score 1, fakes 0. Halved (§7.1). -> loss, terms (name: scalar)."""
         score_real_A, score_fake_A = self.D_A(torch.cat([real_A, fake_A])).chunk(2)
         score_real_B, score_fake_B = self.D_B(torch.cat([real_B, fake_B])).chunk(2)
-        real, fake = torch.ones_like(score_real_A), torch.zeros_like(score_fake_A)
-        loss_A = 0.5 * (self.d_loss(score_real_A, real) + self.d_loss(score_fake_A, fake))
-        loss_B = 0.5 * (self.d_loss(score_real_B, real) + self.d_loss(score_fake_B, fake))
+        ones, zeros = torch.ones_like(score_real_A), torch.zeros_like(score_fake_A)
+        loss_A = 0.5 * (self.d_loss(score_real_A, ones) + self.d_loss(score_fake_A, zeros))
+        loss_B = 0.5 * (self.d_loss(score_real_B, ones) + self.d_loss(score_fake_B, zeros))
         return loss_A + loss_B, {"D_A": loss_A, "D_B": loss_B}
 
 # ---- 7. One step ---------------------------------------------------------------------------------
@@ -411,8 +409,8 @@ def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
 
     model.D_A.requires_grad_(True)
     model.D_B.requires_grad_(True)
-    fake_A = query_pool(pools["A"], runtime.args.pool_size, fake_A)     # detached, so that no
-    fake_B = query_pool(pools["B"], runtime.args.pool_size, fake_B)     # gradient reaches G
+    fake_A = query_pool(pools["A"], runtime.args.pool_size, fake_A)     # detached: no gradient to G
+    fake_B = query_pool(pools["B"], runtime.args.pool_size, fake_B)
     with runtime.autocast():
         loss, terms_D = model.discriminator_loss(real_A, real_B, fake_A, fake_B)
     loss.backward()
@@ -420,13 +418,12 @@ def train_step(model, optimizers, pools, runtime, real_A, real_B, step):
     return {name: term.detach() for name, term in (terms_G | terms_D).items()}
 
 # ---- 8. Runtime ----------------------------------------------------------------------------------
-# Skip on first reading: device, precision and processes. Nothing here changes the mathematics.
 class Runtime:
-    """Where a step runs. torchrun starts `world_size` processes, each with a `rank` of its own.
+    """Device, precision, processes. Skip on first reading: nothing here changes the mathematics.
     Gradients are averaged by hand: DistributedDataParallel expects one forward per backward."""
     def __init__(self, args):
         self.args = args
-        self.rank = int(os.environ.get("RANK", 0))
+        self.rank = int(os.environ.get("RANK", 0))      # of this process; set by torchrun
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.pairs_per_step = args.batch_size * self.world_size
         name = "cpu" if args.device == "auto" else args.device
@@ -439,7 +436,7 @@ class Runtime:
         except Exception:               # each kind of device raises its own
             die(f"--device {name} is not available; try --device cpu")
         self.is_cuda = self.device.type == "cuda"
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # of the CPU
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
@@ -464,7 +461,7 @@ class Runtime:
     def mean(self, numbers):            # of each number over all processes
         total = torch.tensor(numbers, dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(total)
+            dist.all_reduce(total)              # on the CPU, hence gloo
         return (total / self.world_size).tolist()
 
 # ---- 9. Outputs ----------------------------------------------------------------------------------
@@ -537,8 +534,8 @@ def make_optimizers(model, args):
     """-> Adam (§7.1) for the generators and for the discriminators."""
     G = [*model.G_AB.parameters(), *model.G_BA.parameters()]
     D = [*model.D_A.parameters(), *model.D_B.parameters()]
-    n_trainable = sum(p.requires_grad for p in model.parameters())
-    assert n_trainable == len(G + D), "a trainable parameter has no optimizer; freeze it?"
+    trainable = {p for p in model.parameters() if p.requires_grad}
+    assert trainable <= {*G, *D}, "a trainable parameter has no optimizer; freeze it?"
     adam = partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
     return {"optimizer_G": adam(G), "optimizer_D": adam(D)}
 
@@ -553,8 +550,8 @@ def train(args, checkpoint=None):
     runtime, data = Runtime(args), UnpairedImages(args)
     model = CycleGAN(args).to(runtime.device)
     optimizers = make_optimizers(model, args)
-    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # to sample and share, or their EMA
-    parts = model.networks | optimizers     # what --resume loads; add an EMA here, too
+    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}   # in samples, generators.pt; or an EMA
+    parts = model.networks | optimizers     # the state that --resume loads; add an EMA, too
     pools, rows, start_step = {"A": [], "B": []}, [], 0
     n_images = [len(data.paths_A), len(data.paths_B)]
     steps_per_epoch = math.ceil(max(n_images) / runtime.pairs_per_step)
@@ -564,7 +561,7 @@ def train(args, checkpoint=None):
     else:
         start_step = checkpoint["pairs_seen"] // runtime.pairs_per_step
         rows = restore(args, checkpoint, parts, pools, n_images, start_step >= total_steps)
-    if runtime.mean(n_images) != n_images:
+    if runtime.mean(n_images) != n_images:      # not the same in all processes
         die(f"this process found {n_images} images of A and B, others found more or fewer")
     if runtime.rank == 0:
         epoch = start_step / steps_per_epoch
@@ -616,8 +613,9 @@ def make_out_dir(args, model):
         print("without a GPU this takes days: try --size 64, or --demo")
     if os.path.exists(f"{args.out_dir}/latest.pt"):
         die(f"{args.out_dir} holds a run: --resume it, or choose another --out_dir")
-    n_weights = sum(p.numel() for p in model.parameters())      # x 4: 2 moments, generators.pt
-    n_bytes = 2 * 4 * (4 * n_weights + 6 * args.pool_size * args.size**2)   # old + new; RGB pools
+    n_floats = 4 * sum(p.numel() for p in model.parameters())   # weights, 2 moments, generators.pt
+    n_floats += 2 * args.pool_size * 3 * args.size**2           # two pools of RGB images
+    n_bytes = 2 * 4 * n_floats                  # float32; old files stay until new ones are there
     try:
         os.makedirs(args.out_dir, exist_ok=True)
         if shutil.disk_usage(args.out_dir).free < n_bytes:
@@ -626,13 +624,13 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, is_finished):
-    """Loads a run -> rows of its log. Fixed flags cannot change; with no steps to go, none can."""
+    """Loads a run -> rows of its log. Some flags are fixed; all, if they add no steps."""
     fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
         if getattr(args, name) != value and (is_finished or name in fixed):
             die(f"--{name} was {value}: too late to change it; start a run in another --out_dir")
     try:
-        for name in {*checkpoint["parts"], *parts}:         # missing in either: KeyError
+        for name in {*checkpoint["parts"], *parts}:         # a name in only one: KeyError
             parts[name].load_state_dict(checkpoint["parts"][name])
         pools.update(checkpoint["pools"])
     except (KeyError, RuntimeError, ValueError):
@@ -648,12 +646,13 @@ def load_generators(path, argv=()):
     args = get_args(argv, checkpoint.get("flags", {}))
     generators = {}
     try:
-        for name, state in checkpoint.get("generators", {"G_AB": checkpoint}).items():
-            G = generators[name] = GENERATORS[args.generator](args)
-            if "generators" not in checkpoint:      # a bare state dict: only the order fits
-                weights = [w for key, w in state.items() if key.endswith(("weight", "bias"))]
-                state = dict(zip(G.state_dict(), weights, strict=True))
-            G.load_state_dict(state)
+        if "generators" not in checkpoint:      # one generator, from other CycleGAN code
+            weights = [w for key, w in checkpoint.items() if str(key).endswith(("weight", "bias"))]
+            names = GENERATORS[args.generator](args).state_dict()   # match them by order
+            checkpoint["generators"] = {"G_AB": dict(zip(names, weights, strict=True))}
+        for name, state in checkpoint["generators"].items():
+            generators[name] = GENERATORS[args.generator](args)
+            generators[name].load_state_dict(state)
     except (KeyError, RuntimeError, ValueError):
         die(f"{path} does not fit --generator {args.generator}, --blocks, --ngf and --size")
     return generators, args
@@ -665,10 +664,11 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):
-    """Input x, output y -> error of y where x != truth; this / error of x; error of y elsewhere."""
-    before, after = [(image - truth).abs().mean(dim=1) for image in (x, y)]
-    inside = after[before > 0].mean()
-    return inside, inside / before[before > 0].mean(), after[before == 0].mean()
+    """-> error of y where x differs from truth, its ratio to that of x, error of y elsewhere."""
+    error_x, error_y = [(image - truth).abs().mean(dim=1) for image in (x, y)]      # (1, H, W)
+    changed = error_x > 0
+    inside, elsewhere = error_y[changed].mean(), error_y[~changed].mean()
+    return inside, inside / error_x[changed].mean(), elsewhere
 
 @torch.no_grad()
 def translate(argv, args):
@@ -745,9 +745,9 @@ def main(argv):
         return translate(argv, args)
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
-        flags = checkpoint.get("flags", {})
-        flags.update(out_dir=args.resume, resume=args.resume)   # in place: restore compares these
-        args = get_args(argv, flags)            # the flags of the run, overridden by argv
+        here = {"out_dir": args.resume, "resume": args.resume}      # the run may have been moved
+        checkpoint["flags"] = checkpoint.get("flags", {}) | here
+        args = get_args(argv, checkpoint["flags"])      # the run's flags, overridden by argv
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0
 
