@@ -16,8 +16,8 @@ translated ones. No pairs are needed: translated and translated back, an image s
   real_B ──G_BA──> fake_A ──G_AB──> rec_B ≈ real_B
                      └──> D_A: real or fake?
 
-Where to change networks: GENERATORS; GAN losses: GAN_LOSSES; the objective: generator_loss; the
-step: train_step (a gradient penalty needs --no-compile); an EMA of G: see `generators` in train.
+Places to change: GENERATORS, GAN_LOSSES, generator_loss, train_step (a gradient penalty needs
+--no-compile). An EMA of G: in train, use it in `generators` instead of G, and add it to `parts`.
 """
 import argparse
 import csv
@@ -56,13 +56,12 @@ def get_args(argv=None, stored={}):
     parser.error = die
     def path(text):                             # absolute: a run can be resumed from anywhere
         return os.path.abspath(os.path.expanduser(text))
-    def add(name, default, help, **options):    # adds a flag to the current `group`
+    def add(name, default, help, **kw):         # adds a flag to the current `group`
         if isinstance(default, bool):
-            options["action"] = argparse.BooleanOptionalAction
+            kw["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = path if default is None else type(default)    # None: a path
-        help = f"{help} (default: {default})"
-        group.add_argument(f"--{name}", default=default, help=help, **options)
+            kw["type"] = path if default is None else type(default)     # None: a path
+        group.add_argument(f"--{name}", default=default, help=f"{help} (default: {default})", **kw)
     group = parser.add_argument_group("run")
     add("mode", "train", "translate is implied by --checkpoint", choices=["train", "translate"])
     add("demo", False, "train on synthetic toy faces, print the error on unseen ones")
@@ -111,11 +110,11 @@ def get_args(argv=None, stored={}):
     add("direction", "AtoB", "which generator to use", choices=["AtoB", "BtoA"])
     add("native", False, "translate at each image's own size instead of --size")
     add("round_trip", False, "also write NAME_back.png, translated there and back")
-    add("truth", None, "folders of correct translations, same file names: print error", nargs="+")
+    add("truth", None, "folders of correct translations, same names; prints the error", nargs="+")
     defaults = vars(parser.parse_args([]))
     if stored and stored.keys() != defaults.keys():
         die(f"checkpoint of another version of cyclegan.py: {stored.keys() ^ defaults.keys()}")
-    args = parser.parse_args(argv, argparse.Namespace(**stored))    # stored, where argv is silent
+    args = parser.parse_args(argv, argparse.Namespace(**stored))    # a stored value beats a default
     for name, value in vars(args).items():
         minimum = 1 if name in "ngf ndf batch_size log_every sample_every save_every".split() else 0
         if isinstance(value, (int, float)) and not value >= minimum:    # also true of nan
@@ -124,20 +123,19 @@ def get_args(argv=None, stored={}):
     args.blocks = args.blocks or (9 if args.size >= 256 else 6)
     if args.dataA and args.dataB and not args.out_dir:
         A, B = Path(args.dataA[0]), Path(args.dataB[0])
-        name = A.parent.name if A.name == "trainA" else f"{A.name}2{B.name}"    # x/trainA: x
+        name = A.parent.name if A.name == "trainA" else f"{A.name}2{B.name}"    # x/trainA -> x
         args.out_dir = path(f"runs/{name}")
     return args
 
 # ---- 2. Data -------------------------------------------------------------------------------------
-# Two folders and no pairs: a step gets one image of A and an unrelated one of B. Images stay uint8
-# until they are on the device, where they become floats in [-1, 1], the range of the tanh of G.
+# A "pair" here is an image of A and an unrelated one of B. They stay uint8 until on the device.
 def find_images(tops, output):
     """Images, folders -> {path: relative name without suffix}. Refuses an `output` inside them."""
     images = {}
     for top in map(Path, tops):
         if Path(output).is_relative_to(top):
             die(f"{output} is in {top}: outputs would mix with inputs; choose another folder")
-        files = [path for path in sorted(top.rglob("[!.]*")) if path.is_file()]
+        files = [path for path in sorted(top.rglob("[!.]*")) if path.is_file()]     # no hidden ones
         found = [path for path in files if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
         if len(found) < len(files):
             print(f"{top}: skipped {len(files) - len(found)} files of other types")
@@ -159,7 +157,7 @@ def read_image(path):
         print(f"skipped {path}: {error}", file=sys.stderr)
 
 def preprocess(image, args, augment=False):
-    """PIL RGB -> (3, size, size) uint8, or (3, H, W) with --native. Augmentation is random."""
+    """PIL RGB -> (3, size, size) uint8; augment: random crop and flip. --native: keeps its size."""
     if args.native and not augment:
         return T.functional.pil_to_tensor(image)
     side = args.load_size if augment else args.size
@@ -204,8 +202,8 @@ def ignore_signals(_):
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 def load_batches(data, start_step, total_steps, runtime):
-    """Yields step, real_A, real_B: (N, 3, size, size) in [-1, 1], on the device of this process."""
-    n = runtime.pairs_per_step      # of all processes (section 8); each loads every world_size-th
+    """Yields step, real_A, real_B: (N, 3, size, size) in [-1, 1]. For runtime, see section 8."""
+    n = runtime.pairs_per_step      # over all processes; process r takes pairs r, r + world_size...
     pairs = range(start_step * n, total_steps * n)
     loader = torch.utils.data.DataLoader(
         data, data.args.batch_size, sampler=pairs[runtime.rank::runtime.world_size],
@@ -215,11 +213,11 @@ def load_batches(data, start_step, total_steps, runtime):
 
 # ---- 3. Generators -------------------------------------------------------------------------------
 # (N, 3, H, W) in [-1, 1] -> same, fully convolutional. The paper chose reflection padding, since a
-# border of zeros would show; instance norm, since contrasts differ; tanh for the range of images.
+# border of zeros would show; instance norm, to ignore the contrast of an image; tanh for [-1, 1].
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # which would return float32
+        with torch.autocast(x.device.type, enabled=False):      # or else bf16 becomes float32
             return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients, if N = 1
 
 def upsample(n_in, n_out, args, kernel_size=3):
@@ -276,13 +274,13 @@ class UNetGenerator(nn.Module):
             n_in = n_out
         for n_out in [*widths[-2::-1], 3]:      # from the innermost level out: ..., 128, 64, 3
             self.ups.append(upsample(n_in, n_out, args, kernel_size=4))
-            n_in = 2 * n_out                    # as many again come from the skip connection
+            n_in = 2 * n_out                    # the next one gets n_out more by its skip
 
     def forward(self, x):                                           # (N, 3,    H,   W)
         skips = [self.downs[0](x)]                                  # (N, 64,   H/2, W/2)
         for down in self.downs[1:-1]:
             skips.append(self.norm(down(F.leaky_relu(skips[-1], 0.2))))     # (N, 128, H/4, W/4) ...
-        x = self.downs[-1](F.leaky_relu(skips[-1], 0.2))            # no norm: it zeroes 1x1 maps
+        x = self.downs[-1](F.leaky_relu(skips[-1], 0.2))            # a norm would zero 1x1 maps
         for up in self.ups[:-1]:
             x = torch.cat([skips.pop(), self.norm(up(x.relu()))], dim=1)    # ... (N, 128, H/2, W/2)
         return self.ups[-1](x.relu()).tanh()                        # (N, 3,    H,   W)
@@ -290,8 +288,8 @@ class UNetGenerator(nn.Module):
 GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 
 # ---- 4. Discriminator ----------------------------------------------------------------------------
-# A score per 70x70 patch (§4): texture, color are local, and the cycle keeps the layout. Receptive
-# field, from the last layer back: n outputs see (n - 1) * stride + 4 inputs: 1, 4, 7, 16, 34, 70.
+# One score per 70x70 patch (§4) is enough: it checks texture and color; the cycle keeps the layout.
+# Why 70: n outputs of a layer see (n - 1) * stride + 4 inputs; last to first: 4, 7, 16, 34, 70.
 class PatchDiscriminator(CompilableSequential):
     """The 70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores; a sigmoid is up to the loss."""
     def __init__(self, args):
@@ -321,7 +319,7 @@ def query_pool(pool, size, fakes):
             pool.append(fake.clone())
         elif size > 0 and torch.rand(()) < 0.5:
             k = int(torch.randint(size, ()))
-            fake, pool[k] = pool[k].to(fake), fake.clone()      # a loaded pool is on the CPU
+            fake, pool[k] = pool[k].to(fake), fake.clone()      # swap; a loaded pool is on the CPU
         result.append(fake)
     return torch.stack(result)
 
@@ -335,7 +333,7 @@ def query_pool(pool, size, fakes):
 bce = F.binary_cross_entropy_with_logits
 
 def ghm(scores, targets):
-    """GHM-C (Li et al. 2019, Eq. 7): mean entropy per bin of |gradient|, over non-empty bins."""
+    """GHM-C (Li et al. 2019, Eq. 7): bins scores by |gradient|; each non-empty bin counts alike."""
     entropy = bce(scores, targets, reduction="none").flatten()
     gradient = (scores.detach().sigmoid() - targets).abs().flatten()        # d entropy / d score
     bins = (gradient * 10).long().clamp(0, 9)
@@ -362,7 +360,7 @@ class CycleGAN(nn.Module):
         for network in self.networks.values():      # load pretrained weights after this loop
             network.apply(init_weights)
             if args.compile:
-                network.compile(dynamic=False)      # in place; a graph per shape
+                network.compile(dynamic=False)      # in place; recompiles for each shape
         self.d_loss, self.g_loss = GAN_LOSSES[args.gan_loss]
         self.lambda_cycle = args.lambda_cycle
         self.lambda_identity = args.lambda_cycle * args.lambda_identity     # from here on absolute
@@ -436,7 +434,7 @@ class Runtime:
         except Exception:               # each kind of device raises its own
             die(f"--device {name} is not available; try --device cpu")
         self.is_cuda = self.device.type == "cuda"
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # of the CPU
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # of a CPU
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
@@ -444,7 +442,7 @@ class Runtime:
         use_bf16 = args.amp == "bf16" or args.amp == "auto" and has_bf16
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=use_bf16)
         if self.world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")  # CPU: mean()
 
     def to_float(self, images):         # uint8 -> [-1, 1], on the device
         return images.to(self.device, non_blocking=True).float() / 127.5 - 1
@@ -454,21 +452,21 @@ class Runtime:
             gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
             flat = nn.utils.parameters_to_vector(gradients)     # one sum is faster than many
             dist.all_reduce(flat)
-            nn.utils.vector_to_parameters(flat / self.world_size, gradients)
+            nn.utils.vector_to_parameters(flat / self.world_size, gradients)    # overwrites p.grad
         optimizer.step()
         optimizer.zero_grad()
 
     def mean(self, numbers):            # of each number over all processes
         total = torch.tensor(numbers, dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(total)              # on the CPU, hence gloo
+            dist.all_reduce(total)              # on the CPU
         return (total / self.world_size).tolist()
 
 # ---- 9. Outputs ----------------------------------------------------------------------------------
 write_png = partial(utils.save_image, format="png", nrow=6, normalize=True, value_range=(-1, 1))
 
 def write_file(path, write, content):
-    """Writes a temporary file, then renames it: a crash or a full disk leaves the old file."""
+    """Calls write(content, file) on a temporary file, then renames it: a crash keeps the old."""
     try:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         write(content, f"{path}.part")
@@ -487,7 +485,7 @@ def save_samples(step, generators, runtime, data):
     """Writes a grid of the first six items. Rows: real A, fake B, rec A, real B, fake A, rec B."""
     batch = torch.utils.data.default_collate([data[n] for n in range(6)])
     real_A, real_B = map(runtime.to_float, batch)
-    G_AB, G_BA = [G.forward for G in generators.values()]       # .forward: bypasses torch.compile
+    G_AB, G_BA = [G.forward for G in generators.values()]       # .forward: skips torch.compile
     with runtime.autocast():
         fake_B, fake_A = G_AB(real_A), G_BA(real_B)
         grid = [real_A, fake_B, G_BA(fake_B), real_B, fake_A, G_AB(fake_A)]
@@ -535,7 +533,7 @@ def make_optimizers(model, args):
     G = [*model.G_AB.parameters(), *model.G_BA.parameters()]
     D = [*model.D_A.parameters(), *model.D_B.parameters()]
     trainable = {p for p in model.parameters() if p.requires_grad}
-    assert trainable <= {*G, *D}, "a trainable parameter has no optimizer; freeze it?"
+    assert trainable <= {*G, *D}, "an added module is trainable, but in no optimizer; freeze it?"
     adam = partial(torch.optim.Adam, lr=args.lr, betas=(args.beta1, 0.999), fused=True)
     return {"optimizer_G": adam(G), "optimizer_D": adam(D)}
 
@@ -550,8 +548,8 @@ def train(args, checkpoint=None):
     runtime, data = Runtime(args), UnpairedImages(args)
     model = CycleGAN(args).to(runtime.device)
     optimizers = make_optimizers(model, args)
-    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}   # in samples, generators.pt; or an EMA
-    parts = model.networks | optimizers     # the state that --resume loads; add an EMA, too
+    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # to sample and export
+    parts = model.networks | optimizers     # the state that --resume loads
     pools, rows, start_step = {"A": [], "B": []}, [], 0
     n_images = [len(data.paths_A), len(data.paths_B)]
     steps_per_epoch = math.ceil(max(n_images) / runtime.pairs_per_step)
@@ -560,7 +558,7 @@ def train(args, checkpoint=None):
         make_out_dir(args, model)
     else:
         start_step = checkpoint["pairs_seen"] // runtime.pairs_per_step
-        rows = restore(args, checkpoint, parts, pools, n_images, start_step >= total_steps)
+        rows = restore(args, checkpoint, parts, pools, n_images, finished=start_step >= total_steps)
     if runtime.mean(n_images) != n_images:      # not the same in all processes
         die(f"this process found {n_images} images of A and B, others found more or fewer")
     if runtime.rank == 0:
@@ -568,10 +566,11 @@ def train(args, checkpoint=None):
         print(f"{args.out_dir}: {n_images} images of [A, B], on {runtime.device}; {args.epochs} "
               f"epochs at lr {args.lr}, then {args.epochs_decay} down to 0; starting at epoch "
               f"{epoch:.2f}, lr {lr_at(epoch, args):.2g}; {total_steps - start_step} steps to go")
+
     start_time = row_time = ready_time = time.time()
     sums = Counter()                    # of terms since the last row of the log; update() adds
     for step, real_A, real_B in load_batches(data, start_step, total_steps, runtime):
-        sums.update(steps=1, waiting=time.time() - ready_time)          # for data, in seconds
+        sums.update(steps=1, waiting=time.time() - ready_time)      # seconds spent waiting for data
         lr = lr_at((step - 1) / steps_per_epoch, args)
         for optimizer in optimizers.values():
             optimizer.param_groups[0]["lr"] = lr
@@ -604,7 +603,7 @@ def train(args, checkpoint=None):
             break
         ready_time = time.time()
     if runtime.rank == 0:
-        print(f"see {args.out_dir}/samples; to continue (if finished, add --epochs, --max_steps):\n"
+        print(f"see {args.out_dir}/samples; to continue (if done, raise --epochs, --max_steps):\n"
               f"python cyclegan.py --resume {shlex.quote(args.out_dir)}")
 
 def make_out_dir(args, model):
@@ -623,11 +622,11 @@ def make_out_dir(args, model):
     except OSError as error:
         die(f"--out_dir: {error}")
 
-def restore(args, checkpoint, parts, pools, n_images, is_finished):
-    """Loads a run -> rows of its log. Some flags are fixed; all, if they add no steps."""
+def restore(args, checkpoint, parts, pools, n_images, finished):
+    """Loads a run -> rows of its log. Dies if a fixed flag (or, once finished, any) has changed."""
     fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
-        if getattr(args, name) != value and (is_finished or name in fixed):
+        if getattr(args, name) != value and (finished or name in fixed):
             die(f"--{name} was {value}: too late to change it; start a run in another --out_dir")
     try:
         for name in {*checkpoint["parts"], *parts}:         # a name in only one: KeyError
@@ -643,13 +642,13 @@ def restore(args, checkpoint, parts, pools, n_images, is_finished):
 def load_generators(path, argv=()):
     """-> {"G_AB": network, "G_BA": network} on the CPU, and the run's flags, overridden by argv."""
     checkpoint = load_checkpoint(path)
-    args = get_args(argv, checkpoint.get("flags", {}))
+    args = get_args(argv, checkpoint.get("flags", {}))      # argv, else run's flags, else defaults
     generators = {}
     try:
         if "generators" not in checkpoint:      # one generator, from other CycleGAN code
             weights = [w for key, w in checkpoint.items() if str(key).endswith(("weight", "bias"))]
-            names = GENERATORS[args.generator](args).state_dict()   # match them by order
-            checkpoint["generators"] = {"G_AB": dict(zip(names, weights, strict=True))}
+            own = GENERATORS[args.generator](args).state_dict()     # same order, other names
+            checkpoint["generators"] = {"G_AB": dict(zip(own, weights, strict=True))}
         for name, state in checkpoint["generators"].items():
             generators[name] = GENERATORS[args.generator](args)
             generators[name].load_state_dict(state)
@@ -664,7 +663,7 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):
-    """-> error of y where x differs from truth, its ratio to that of x, error of y elsewhere."""
+    """-> mean error of y where x != truth; that divided by x's error there; y's error elsewhere."""
     error_x, error_y = [(image - truth).abs().mean(dim=1) for image in (x, y)]      # (1, H, W)
     changed = error_x > 0
     inside, elsewhere = error_y[changed].mean(), error_y[~changed].mean()
@@ -675,7 +674,7 @@ def translate(argv, args):
     """Translates --input into --output. Returns the exit status: 1 if an image was unreadable."""
     if None in (args.checkpoint, args.input, args.output):
         die("translating needs --checkpoint, --input and --output")
-    generators, args = load_generators(args.checkpoint, argv)       # now with the run's flags
+    generators, args = load_generators(args.checkpoint, argv)       # argv over the run's flags
     runtime = Runtime(args)
     networks = [G.to(runtime.device) for G in generators.values()]
     if args.round_trip and len(networks) == 1:
@@ -688,6 +687,7 @@ def translate(argv, args):
     if len(set(images.values())) < len(images):
         die("two images in --input would get the same name in --output")
     truths = {name: path for path, name in find_images(args.truth or [], args.output).items()}
+
     n_translated, errors = 0, []
     for path, name in images.items():
         if stop_signals:
@@ -706,7 +706,7 @@ def translate(argv, args):
         n_translated += 1
     print(f"translated {n_translated} of {len(images)} images into {args.output}")
     if errors:
-        inside, share, elsewhere = torch.tensor(errors).nanmean(dim=0)
+        inside, share, elsewhere = torch.tensor(errors).nanmean(dim=0)     # nan: nothing to change
         print(f"inside the changed region: error {inside:.3f} ({share:.1%} of leaving it "
               f"unchanged); elsewhere: error {elsewhere:.3f} (images in [-1, 1])")
     return n_translated < len(images)
@@ -721,7 +721,7 @@ DEMO = """--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 
 --truth files/toy/black_test --output {run}/black --overwrite"""
 
 def demo(argv, args):
-    """Draws toy faces, then runs the three commands of DEMO, with the flags after --demo added."""
+    """Draws toy faces, then runs the three commands of DEMO, each followed by your other flags."""
     from prepare_celeba import toy_faces
     toy_faces("files/toy", n=400, n_test=50)
     run = args.out_dir or "runs/demo"
