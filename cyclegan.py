@@ -17,7 +17,7 @@ translated ones. No pairs are needed: translated and translated back, an image s
                      └──> D_A: real or fake?
 
 Places to change: GENERATORS, GAN_LOSSES, generator_loss, train_step (a gradient penalty needs
---no-compile). An EMA of G: in train, use it in `generators` instead of G, and add it to `parts`.
+--no-compile). An EMA of G: in train, update it after train_step; put it in `generators`, `parts`.
 """
 import argparse
 import csv
@@ -49,7 +49,7 @@ def die(message):
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 def get_args(argv=None, stored={}):
-    """-> Namespace of all flags: defaults, overridden by those of a checkpoint, then by argv."""
+    """-> Namespace of all flags: the defaults, then `stored` (a checkpoint's), then argv wins."""
     parser = argparse.ArgumentParser(
         usage="python cyclegan.py [flags]", description=__doc__.partition("\nTwo generators")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -135,7 +135,7 @@ def find_images(tops, output):
     for top in map(Path, tops):
         if Path(output).is_relative_to(top):
             die(f"{output} is in {top}: outputs would mix with inputs; choose another folder")
-        files = [path for path in sorted(top.rglob("[!.]*")) if path.is_file()]     # no hidden ones
+        files = [path for path in sorted(top.rglob("[!.]*")) if path.is_file()]     # none hidden
         found = [path for path in files if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
         if len(found) < len(files):
             print(f"{top}: skipped {len(files) - len(found)} files of other types")
@@ -217,7 +217,7 @@ def load_batches(data, start_step, total_steps, runtime):
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # or else bf16 becomes float32
+        with torch.autocast(x.device.type, enabled=False):      # autocast's norm returns float32
             return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients, if N = 1
 
 def upsample(n_in, n_out, args, kernel_size=3):
@@ -272,7 +272,7 @@ class UNetGenerator(nn.Module):
         for n_out in widths:
             self.downs.append(nn.Conv2d(n_in, n_out, 4, stride=2, padding=1))
             n_in = n_out
-        for n_out in [*widths[-2::-1], 3]:      # from the innermost level out: ..., 128, 64, 3
+        for n_out in [*widths[-2::-1], 3]:      # inside out; n_in starts at widths[-1]
             self.ups.append(upsample(n_in, n_out, args, kernel_size=4))
             n_in = 2 * n_out                    # the next one gets n_out more by its skip
 
@@ -340,7 +340,7 @@ def ghm(scores, targets):
     n_in_bin = F.one_hot(bins, 10).sum(0)       # unlike bincount, does not wait for the GPU
     return (entropy / n_in_bin[bins]).sum() / n_in_bin.count_nonzero()
 
-GAN_LOSSES = {                          # (loss of D, loss of G), both of scores and targets
+GAN_LOSSES = {                          # (loss of D, loss of G), each called on (scores, targets)
     "lsgan": (F.mse_loss, F.mse_loss),  # §4, Mao et al. 2017: has a gradient even where D is sure
     "bce": (bce, bce),                  # cross-entropy: Eq. 1, with the non-saturating loss for G
     "focal": (partial(ops.sigmoid_focal_loss, alpha=-1, reduction="mean"), bce),    # Lin et al.
@@ -357,7 +357,7 @@ class CycleGAN(nn.Module):
         self.G_AB, self.G_BA = Generator(args), Generator(args)
         self.D_A, self.D_B = PatchDiscriminator(args), PatchDiscriminator(args)
         self.networks = {"G_AB": self.G_AB, "G_BA": self.G_BA, "D_A": self.D_A, "D_B": self.D_B}
-        for network in self.networks.values():      # load pretrained weights after this loop
+        for network in self.networks.values():      # pretrained weights: load them after this loop
             network.apply(init_weights)
             if args.compile:
                 network.compile(dynamic=False)      # in place; recompiles for each shape
@@ -434,7 +434,7 @@ class Runtime:
         except Exception:               # each kind of device raises its own
             die(f"--device {name} is not available; try --device cpu")
         self.is_cuda = self.device.type == "cuda"
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # of a CPU
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # if on CPU
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
@@ -442,7 +442,7 @@ class Runtime:
         use_bf16 = args.amp == "bf16" or args.amp == "auto" and has_bf16
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=use_bf16)
         if self.world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")  # CPU: mean()
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")  # gloo: mean
 
     def to_float(self, images):         # uint8 -> [-1, 1], on the device
         return images.to(self.device, non_blocking=True).float() / 127.5 - 1
@@ -485,7 +485,7 @@ def save_samples(step, generators, runtime, data):
     """Writes a grid of the first six items. Rows: real A, fake B, rec A, real B, fake A, rec B."""
     batch = torch.utils.data.default_collate([data[n] for n in range(6)])
     real_A, real_B = map(runtime.to_float, batch)
-    G_AB, G_BA = [G.forward for G in generators.values()]       # .forward: skips torch.compile
+    G_AB, G_BA = [G.forward for G in generators.values()]   # .forward: no recompilation for N = 6
     with runtime.autocast():
         fake_B, fake_A = G_AB(real_A), G_BA(real_B)
         grid = [real_A, fake_B, G_BA(fake_B), real_B, fake_A, G_AB(fake_A)]
@@ -558,7 +558,7 @@ def train(args, checkpoint=None):
         make_out_dir(args, model)
     else:
         start_step = checkpoint["pairs_seen"] // runtime.pairs_per_step
-        rows = restore(args, checkpoint, parts, pools, n_images, finished=start_step >= total_steps)
+        rows = restore(args, checkpoint, parts, pools, n_images, total_steps - start_step)
     if runtime.mean(n_images) != n_images:      # not the same in all processes
         die(f"this process found {n_images} images of A and B, others found more or fewer")
     if runtime.rank == 0:
@@ -568,7 +568,7 @@ def train(args, checkpoint=None):
               f"{epoch:.2f}, lr {lr_at(epoch, args):.2g}; {total_steps - start_step} steps to go")
 
     start_time = row_time = ready_time = time.time()
-    sums = Counter()                    # of terms since the last row of the log; update() adds
+    sums = Counter()                    # since the last row of the log; Counter.update() adds
     for step, real_A, real_B in load_batches(data, start_step, total_steps, runtime):
         sums.update(steps=1, waiting=time.time() - ready_time)      # seconds spent waiting for data
         lr = lr_at((step - 1) / steps_per_epoch, args)
@@ -622,11 +622,11 @@ def make_out_dir(args, model):
     except OSError as error:
         die(f"--out_dir: {error}")
 
-def restore(args, checkpoint, parts, pools, n_images, finished):
-    """Loads a run -> rows of its log. Dies if a fixed flag (or, once finished, any) has changed."""
+def restore(args, checkpoint, parts, pools, n_images, n_steps_left):
+    """Loads a run -> rows of its log. Dies if a fixed flag changed, or any, with no steps left."""
     fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
-        if getattr(args, name) != value and (finished or name in fixed):
+        if getattr(args, name) != value and (name in fixed or n_steps_left <= 0):
             die(f"--{name} was {value}: too late to change it; start a run in another --out_dir")
     try:
         for name in {*checkpoint["parts"], *parts}:         # a name in only one: KeyError
@@ -640,7 +640,7 @@ def restore(args, checkpoint, parts, pools, n_images, finished):
 
 # ---- 11. Translate -------------------------------------------------------------------------------
 def load_generators(path, argv=()):
-    """-> {"G_AB": network, "G_BA": network} on the CPU, and the run's flags, overridden by argv."""
+    """-> {"G_AB": network, "G_BA": network} on the CPU, and all flags. In a notebook, omit argv."""
     checkpoint = load_checkpoint(path)
     args = get_args(argv, checkpoint.get("flags", {}))      # argv, else run's flags, else defaults
     generators = {}
@@ -653,7 +653,7 @@ def load_generators(path, argv=()):
             generators[name] = GENERATORS[args.generator](args)
             generators[name].load_state_dict(state)
     except (KeyError, RuntimeError, ValueError):
-        die(f"{path} does not fit --generator {args.generator}, --blocks, --ngf and --size")
+        die(f"{path} does not fit --generator, --blocks, --ngf, --size and --upsample")
     return generators, args
 
 def translate_any(G, x):
@@ -662,8 +662,8 @@ def translate_any(G, x):
     x = F.pad(x, (0, -w % G.size_multiple, 0, -h % G.size_multiple), mode="replicate")
     return G(x)[..., :h, :w]
 
-def compare(x, y, truth):
-    """-> mean error of y where x != truth; that divided by x's error there; y's error elsewhere."""
+def compare(x, y, truth):       # input, output, and what the output should be
+    """-> (error of y where x != truth, the same / error of x, error of y where x == truth)."""
     error_x, error_y = [(image - truth).abs().mean(dim=1) for image in (x, y)]      # (1, H, W)
     changed = error_x > 0
     inside, elsewhere = error_y[changed].mean(), error_y[~changed].mean()
@@ -746,7 +746,7 @@ def main(argv):
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
         here = {"out_dir": args.resume, "resume": args.resume}      # the run may have been moved
-        checkpoint["flags"] = checkpoint.get("flags", {}) | here
+        checkpoint["flags"] = checkpoint.get("flags", {}) | here    # restore compares args to these
         args = get_args(argv, checkpoint["flags"])      # the run's flags, overridden by argv
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0
