@@ -17,7 +17,7 @@ translated ones. No pairs are needed: translated and translated back, an image s
                      └──> D_A: real or fake?
 
 Places to change: GENERATORS, GAN_LOSSES, generator_loss, train_step (a gradient penalty needs
---no-compile). An EMA of G: in train, update it after train_step; put it in `generators`, `parts`.
+--no-compile). An EMA of G in train: update after train_step, add to `parts`, use as `generators`.
 """
 import argparse
 import csv
@@ -135,7 +135,7 @@ def find_images(tops, output):
     for top in map(Path, tops):
         if Path(output).is_relative_to(top):
             die(f"{output} is in {top}: outputs would mix with inputs; choose another folder")
-        files = [path for path in sorted(top.rglob("[!.]*")) if path.is_file()]     # none hidden
+        files = [path for path in sorted(top.rglob("[!.]*")) if path.is_file()]   # no hidden files
         found = [path for path in files if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
         if len(found) < len(files):
             print(f"{top}: skipped {len(files) - len(found)} files of other types")
@@ -217,8 +217,8 @@ def load_batches(data, start_step, total_steps, runtime):
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):      # autocast's norm returns float32
-            return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients, if N = 1
+        with torch.autocast(x.device.type, enabled=False):  # bf16 stays bf16; autocast: float32
+            return F.group_norm(x, x.shape[1])  # F.instance_norm's CPU gradient is wrong for N = 1
 
 def upsample(n_in, n_out, args, kernel_size=3):
     """(N, n_in, H, W) -> (N, n_out, 2H, 2W), by a transposed convolution in the paper (§7.2)."""
@@ -343,7 +343,7 @@ def ghm(scores, targets):
 GAN_LOSSES = {                          # (loss of D, loss of G), each called on (scores, targets)
     "lsgan": (F.mse_loss, F.mse_loss),  # §4, Mao et al. 2017: has a gradient even where D is sure
     "bce": (bce, bce),                  # cross-entropy: Eq. 1, with the non-saturating loss for G
-    "focal": (partial(ops.sigmoid_focal_loss, alpha=-1, reduction="mean"), bce),    # Lin et al.
+    "focal": (partial(ops.sigmoid_focal_loss, alpha=-1, reduction="mean"), bce),    # -1: no alpha
     "ghm": (ghm, bce)}                  # focal, ghm: weight patches by difficulty, for D only
 
 class CycleGAN(nn.Module):
@@ -434,15 +434,15 @@ class Runtime:
         except Exception:               # each kind of device raises its own
             die(f"--device {name} is not available; try --device cpu")
         self.is_cuda = self.device.type == "cuda"
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # if on CPU
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # the CPU's
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # a T4 emulates it
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # the GPU's
         use_bf16 = args.amp == "bf16" or args.amp == "auto" and has_bf16
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=use_bf16)
-        if self.world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")  # gloo: mean
+        if self.world_size > 1 and not dist.is_initialized():   # --demo: a command before did it
+            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
 
     def to_float(self, images):         # uint8 -> [-1, 1], on the device
         return images.to(self.device, non_blocking=True).float() / 127.5 - 1
@@ -459,7 +459,7 @@ class Runtime:
     def mean(self, numbers):            # of each number over all processes
         total = torch.tensor(numbers, dtype=torch.float64)
         if self.world_size > 1:
-            dist.all_reduce(total)              # on the CPU
+            dist.all_reduce(total)              # on the CPU, by gloo
         return (total / self.world_size).tolist()
 
 # ---- 9. Outputs ----------------------------------------------------------------------------------
@@ -580,7 +580,7 @@ def train(args, checkpoint=None):
         is_stopping = runtime.mean([len(stop_signals)]) != [0]          # in any process
         is_last = is_stopping or step == total_steps
         is_saving = is_last or step % args.save_every == 0
-        is_logging = is_saving or step % args.log_every == 0
+        is_logging = is_saving or step % args.log_every == 0    # checks the weights before saving
         if is_logging:
             if not all(p.isfinite().all() for p in model.parameters()):
                 die(f"step {step}: weights not finite; --resume with --amp off or a lower --lr")
@@ -623,8 +623,8 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, n_steps_left):
-    """Loads a run -> rows of its log. Dies if a fixed flag changed, or any, with no steps left."""
-    fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
+    """Loads a run -> its log. A fixed flag may not change; after the last step, none may."""
+    fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()  # part of its state
     for name, value in checkpoint["flags"].items():
         if getattr(args, name) != value and (name in fixed or n_steps_left <= 0):
             die(f"--{name} was {value}: too late to change it; start a run in another --out_dir")
@@ -663,9 +663,9 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):       # input, output, and what the output should be
-    """-> (error of y where x != truth, the same / error of x, error of y where x == truth)."""
+    """-> (y's error where x needs a change, that / x's error there, y's error elsewhere)."""
     error_x, error_y = [(image - truth).abs().mean(dim=1) for image in (x, y)]      # (1, H, W)
-    changed = error_x > 0
+    changed = error_x > 0           # exactly: made for synthetic images such as the toy faces
     inside, elsewhere = error_y[changed].mean(), error_y[~changed].mean()
     return inside, inside / error_x[changed].mean(), elsewhere
 
