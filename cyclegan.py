@@ -2,7 +2,7 @@
 CycleGAN in one file: learns to translate between two kinds of images from two unpaired folders
 (Zhu, Park, Isola, Efros, ICCV 2017, arXiv:1703.10593; in the code, § and Eq. refer to this paper).
 
-  python cyclegan.py --demo                                     # toy faces (prepare_celeba.py)
+  python cyclegan.py --demo                                     # draws toy faces, trains on them
   python cyclegan.py --dataA files/black --dataB files/blond    # train; writes runs/black2blond
   python cyclegan.py --resume runs/black2blond                  # continue from the last checkpoint
   python cyclegan.py --checkpoint runs/black2blond/generators.pt --input photos --output out
@@ -172,7 +172,7 @@ def seed_torch(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 class UnpairedImages:
-    """Item n (counted over all epochs): an image of A and one of B, a function of (seed, n)."""
+    """Item n: the n-th pair since step 0, over all epochs. Depends on (seed, n) only; no length."""
     def __init__(self, args):
         if None in (args.dataA, args.dataB):
             die("training needs --dataA and --dataB; see --help, or try --demo")
@@ -189,7 +189,7 @@ class UnpairedImages:
         for k in range(n, n + 100):             # k = n, unless that file cannot be read
             lap, i = divmod(k, len(paths))      # each lap shows all images, in a new order
             rng = np.random.default_rng((self.args.seed, lap, ord(domain)))
-            path = paths[rng.permutation(len(paths))[i]]
+            path = paths[rng.permutation(len(paths))[i]]    # redrawn per item: nothing to remember
             image = read_image(path)
             if image is not None:
                 seed_torch(self.args.seed, n, domain)
@@ -203,10 +203,10 @@ def ignore_signals(_):
 
 def load_batches(data, start_step, total_steps, runtime):
     """Yields step, real_A, real_B: (N, 3, size, size) in [-1, 1]. For runtime, see section 8."""
-    n = runtime.pairs_per_step      # over all processes; process r takes pairs r, r + world_size...
-    pairs = range(start_step * n, total_steps * n)
-    loader = torch.utils.data.DataLoader(
-        data, data.args.batch_size, sampler=pairs[runtime.rank::runtime.world_size],
+    per_step = runtime.pairs_per_step           # over all processes
+    items = range(start_step * per_step, total_steps * per_step)    # those still to come
+    loader = torch.utils.data.DataLoader(       # process r takes items r, r + world_size, ...
+        data, data.args.batch_size, sampler=items[runtime.rank::runtime.world_size],
         num_workers=data.args.workers, worker_init_fn=ignore_signals, pin_memory=runtime.is_cuda)
     for step, batch in enumerate(loader, start_step + 1):
         yield step, *map(runtime.to_float, batch)
@@ -217,8 +217,8 @@ def load_batches(data, start_step, total_steps, runtime):
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # bf16 stays bf16; autocast: float32
-            return F.group_norm(x, x.shape[1])  # F.instance_norm's CPU gradient is wrong for N = 1
+        with torch.autocast(x.device.type, enabled=False):  # keeps bf16; autocast would use float32
+            return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients in torch 2.15
 
 def upsample(n_in, n_out, args, kernel_size=3):
     """(N, n_in, H, W) -> (N, n_out, 2H, 2W), by a transposed convolution in the paper (§7.2)."""
@@ -272,7 +272,7 @@ class UNetGenerator(nn.Module):
         for n_out in widths:
             self.downs.append(nn.Conv2d(n_in, n_out, 4, stride=2, padding=1))
             n_in = n_out
-        for n_out in [*widths[-2::-1], 3]:      # inside out; n_in starts at widths[-1]
+        for n_out in [*widths[-2::-1], 3]:      # 512 ... 128, 64, 3; n_in starts at widths[-1]
             self.ups.append(upsample(n_in, n_out, args, kernel_size=4))
             n_in = 2 * n_out                    # the next one gets n_out more by its skip
 
@@ -434,14 +434,14 @@ class Runtime:
         except Exception:               # each kind of device raises its own
             die(f"--device {name} is not available; try --device cpu")
         self.is_cuda = self.device.type == "cuda"
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # the CPU's
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # on a CPU
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # the GPU's
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # on a GPU
         use_bf16 = args.amp == "bf16" or args.amp == "auto" and has_bf16
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=use_bf16)
-        if self.world_size > 1 and not dist.is_initialized():   # --demo: a command before did it
+        if self.world_size > 1 and not dist.is_initialized():   # --demo makes three Runtimes
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
 
     def to_float(self, images):         # uint8 -> [-1, 1], on the device
@@ -449,7 +449,7 @@ class Runtime:
 
     def step(self, optimizer):          # averages gradients over processes, updates, clears them
         if self.world_size > 1:
-            gradients = [p.grad for p in optimizer.param_groups[0]["params"]]
+            gradients = [p.grad for p in optimizer.param_groups[0]["params"] if p.grad is not None]
             flat = nn.utils.parameters_to_vector(gradients)     # one sum is faster than many
             dist.all_reduce(flat)
             nn.utils.vector_to_parameters(flat / self.world_size, gradients)    # overwrites p.grad
@@ -556,7 +556,7 @@ def train(args, checkpoint=None):
     total_steps = min((args.epochs + args.epochs_decay) * steps_per_epoch, args.max_steps)
     if checkpoint is None:
         make_out_dir(args, model)
-    else:
+    else:                                   # restore fills parts and pools, and returns the log
         start_step = checkpoint["pairs_seen"] // runtime.pairs_per_step
         rows = restore(args, checkpoint, parts, pools, n_images, total_steps - start_step)
     if runtime.mean(n_images) != n_images:      # not the same in all processes
@@ -623,11 +623,11 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, n_steps_left):
-    """Loads a run -> its log. A fixed flag may not change; after the last step, none may."""
-    fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()  # part of its state
+    """Fills parts and pools -> log. Fixed flags may not change; if no steps are left, none may."""
+    fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
         if getattr(args, name) != value and (name in fixed or n_steps_left <= 0):
-            die(f"--{name} was {value}: too late to change it; start a run in another --out_dir")
+            die(f"--{name} was {value}: cannot be changed now; start a run in another --out_dir")
     try:
         for name in {*checkpoint["parts"], *parts}:         # a name in only one: KeyError
             parts[name].load_state_dict(checkpoint["parts"][name])
@@ -645,7 +645,7 @@ def load_generators(path, argv=()):
     args = get_args(argv, checkpoint.get("flags", {}))      # argv, else run's flags, else defaults
     generators = {}
     try:
-        if "generators" not in checkpoint:      # one generator, from other CycleGAN code
+        if "generators" not in checkpoint:      # one generator of other code, maybe with buffers
             weights = [w for key, w in checkpoint.items() if str(key).endswith(("weight", "bias"))]
             own = GENERATORS[args.generator](args).state_dict()     # same order, other names
             checkpoint["generators"] = {"G_AB": dict(zip(own, weights, strict=True))}
@@ -663,9 +663,9 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):       # input, output, and what the output should be
-    """-> (y's error where x needs a change, that / x's error there, y's error elsewhere)."""
+    """-> mean |y - truth| where x != truth, that / mean |x - truth|, mean |y - truth| elsewhere."""
     error_x, error_y = [(image - truth).abs().mean(dim=1) for image in (x, y)]      # (1, H, W)
-    changed = error_x > 0           # exactly: made for synthetic images such as the toy faces
+    changed = error_x > 0           # exactly: meant for synthetic images such as the toy faces
     inside, elsewhere = error_y[changed].mean(), error_y[~changed].mean()
     return inside, inside / error_x[changed].mean(), elsewhere
 
@@ -674,7 +674,7 @@ def translate(argv, args):
     """Translates --input into --output. Returns the exit status: 1 if an image was unreadable."""
     if None in (args.checkpoint, args.input, args.output):
         die("translating needs --checkpoint, --input and --output")
-    generators, args = load_generators(args.checkpoint, argv)       # argv over the run's flags
+    generators, args = load_generators(args.checkpoint, argv)   # args anew: argv over run's flags
     runtime = Runtime(args)
     networks = [G.to(runtime.device) for G in generators.values()]
     if args.round_trip and len(networks) == 1:
@@ -712,20 +712,20 @@ def translate(argv, args):
     return n_translated < len(images)
 
 # ---- 12. Main ------------------------------------------------------------------------------------
-DEMO = """--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 \
---generator unet --ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off \
---no-compile --out_dir {run}
---checkpoint {run}/generators.pt --direction AtoB --input files/toy/black_test \
---truth files/toy/blond_test --output {run}/blond --overwrite
---checkpoint {run}/generators.pt --direction BtoA --input files/toy/blond_test \
---truth files/toy/black_test --output {run}/black --overwrite"""
+DEMO = ["--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 --generator unet "
+        "--ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off "
+        "--no-compile --out_dir {run}",
+        "--checkpoint {run}/generators.pt --direction AtoB --input files/toy/black_test "
+        "--truth files/toy/blond_test --output {run}/blond --overwrite",
+        "--checkpoint {run}/generators.pt --direction BtoA --input files/toy/blond_test "
+        "--truth files/toy/black_test --output {run}/black --overwrite"]
 
 def demo(argv, args):
     """Draws toy faces, then runs the three commands of DEMO, each followed by your other flags."""
     from prepare_celeba import toy_faces
     toy_faces("files/toy", n=400, n_test=50)
     run = args.out_dir or "runs/demo"
-    commands = DEMO.format(run=shlex.quote(run)).splitlines()
+    commands = [command.format(run=shlex.quote(run)) for command in DEMO]
     if os.path.exists(f"{run}/latest.pt"):
         commands[0] = f"--resume {shlex.quote(run)}"        # instead of training from scratch
     for command in commands:
@@ -745,8 +745,8 @@ def main(argv):
         return translate(argv, args)
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
-        here = {"out_dir": args.resume, "resume": args.resume}      # the run may have been moved
-        checkpoint["flags"] = checkpoint.get("flags", {}) | here    # restore compares args to these
+        here = {"out_dir": args.resume, "resume": args.resume}      # if the run has been moved,
+        checkpoint["flags"] = checkpoint.get("flags", {}) | here    # restore must not see a change
         args = get_args(argv, checkpoint["flags"])      # the run's flags, overridden by argv
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0

@@ -13,7 +13,7 @@ import functools
 import io
 import itertools
 import math
-import multiprocessing
+import multiprocessing.forkserver
 import operator
 import os
 import re
@@ -57,6 +57,7 @@ def one_thread():
     os.environ["OMP_NUM_THREADS"] = "1"
     os.environ["PYTHONPATH"] = str(ROOT)
     torch.set_num_threads(1)
+    multiprocessing.forkserver.ensure_running()     # imports torch while the first tests run
 
 def flags(words=""):
     """-> the flags of a training run on folders that nobody looks into."""
@@ -752,8 +753,7 @@ def test_a_full_disk_is_one_line_before_training(data, monkeypatch, capsys):
 
 def test_a_bug_shows_its_traceback_and_ends_the_saved_run_and_its_workers(data):
     statuses, outputs = launch(f"{TRAIN} --workers 2 --save_every 2", ("write_log", 1, refuse))
-    assert load()["pairs_seen"] == 2
-    assert statuses == [1]
+    assert statuses == [1] and load()["pairs_seen"] == 2
     assert "Traceback" in outputs[0] and "PermissionError: locked" in outputs[0]
 
 # ---- Runs that continue --------------------------------------------------------------------------
