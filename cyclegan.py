@@ -8,8 +8,8 @@ CycleGAN in one file: learns to translate between two kinds of images from two u
   python cyclegan.py --checkpoint runs/black2blond/generators.pt --input photos --output out
   torchrun --nproc_per_node=8 cyclegan.py --dataA files/black --dataB files/blond --out_dir runs/8
 
-Two generators translate, one in each direction; two discriminators learn to tell real images from
-translated ones. No pairs are needed: translated and translated back, an image should be unchanged.
+Two generators translate, one in each direction; two discriminators tell real images from fakes.
+No pairs are needed: an image that is translated and then translated back should be unchanged.
 
   real_A ──G_AB──> fake_B ──G_BA──> rec_A ≈ real_A    in the paper: G_AB = G, G_BA = F,
                      └──> D_B: real or fake?                        D_B = D_Y, D_A = D_X
@@ -17,7 +17,7 @@ translated ones. No pairs are needed: translated and translated back, an image s
                      └──> D_A: real or fake?
 
 Places to change: GENERATORS, GAN_LOSSES, generator_loss, train_step (a gradient penalty needs
---no-compile). An EMA of G in train: update after train_step, add to `parts`, use as `generators`.
+--no-compile). EMA: copies of both G that train updates, adds to `parts`, passes as `generators`.
 """
 import argparse
 import csv
@@ -49,7 +49,7 @@ def die(message):
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 def get_args(argv=None, stored={}):
-    """-> Namespace of all flags: the defaults, then `stored` (a checkpoint's), then argv wins."""
+    """-> Namespace of all flags: argv, over `stored` (those of a checkpoint), over the defaults."""
     parser = argparse.ArgumentParser(
         usage="python cyclegan.py [flags]", description=__doc__.partition("\nTwo generators")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -217,7 +217,7 @@ def load_batches(data, start_step, total_steps, runtime):
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # keeps bf16; autocast would use float32
+        with torch.autocast(x.device.type, enabled=False):  # autocast would use float32, not bf16
             return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients in torch 2.15
 
 def upsample(n_in, n_out, args, kernel_size=3):
@@ -433,12 +433,12 @@ class Runtime:
             self.device = torch.zeros(1, device=name).device
         except Exception:               # each kind of device raises its own
             die(f"--device {name} is not available; try --device cpu")
-        self.is_cuda = self.device.type == "cuda"
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # on a CPU
+        self.is_cuda = self.device.type == "cuda"       # has_bf16: ask the CPU, then the GPU if any
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # on a GPU
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
         use_bf16 = args.amp == "bf16" or args.amp == "auto" and has_bf16
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=use_bf16)
         if self.world_size > 1 and not dist.is_initialized():   # --demo makes three Runtimes
@@ -538,7 +538,7 @@ def make_optimizers(model, args):
     return {"optimizer_G": adam(G), "optimizer_D": adam(D)}
 
 def request_stop(number, _):
-    """Signal handler. A second Ctrl-C ends the program at once."""
+    """Signal handler (print is unsafe in one). A second Ctrl-C ends the program at once."""
     stop_signals.append(number)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to stop without saving\n")
@@ -577,7 +577,7 @@ def train(args, checkpoint=None):
         terms = train_step(model, optimizers, pools, runtime, real_A, real_B, step)
         sums.update(terms)
 
-        is_stopping = runtime.mean([len(stop_signals)]) != [0]          # in any process
+        is_stopping = any(runtime.mean([len(stop_signals)]))            # in any process
         is_last = is_stopping or step == total_steps
         is_saving = is_last or step % args.save_every == 0
         is_logging = is_saving or step % args.log_every == 0    # checks the weights before saving
@@ -623,10 +623,10 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, n_steps_left):
-    """Fills parts and pools -> log. Fixed flags may not change; if no steps are left, none may."""
+    """Fills parts and pools -> log. Refuses changed fixed flags; without steps left, any change."""
     fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
-        if getattr(args, name) != value and (name in fixed or n_steps_left <= 0):
+        if getattr(args, name) != value and (name in fixed or n_steps_left <= 0):   # 0: no effect
             die(f"--{name} was {value}: cannot be changed now; start a run in another --out_dir")
     try:
         for name in {*checkpoint["parts"], *parts}:         # a name in only one: KeyError
@@ -645,9 +645,9 @@ def load_generators(path, argv=()):
     args = get_args(argv, checkpoint.get("flags", {}))      # argv, else run's flags, else defaults
     generators = {}
     try:
-        if "generators" not in checkpoint:      # one generator of other code, maybe with buffers
+        if "generators" not in checkpoint:      # other code's: same order, other names; no buffers
             weights = [w for key, w in checkpoint.items() if str(key).endswith(("weight", "bias"))]
-            own = GENERATORS[args.generator](args).state_dict()     # same order, other names
+            own = GENERATORS[args.generator](args).state_dict()
             checkpoint["generators"] = {"G_AB": dict(zip(own, weights, strict=True))}
         for name, state in checkpoint["generators"].items():
             generators[name] = GENERATORS[args.generator](args)
@@ -663,7 +663,7 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):       # input, output, and what the output should be
-    """-> mean |y - truth| where x != truth, that / mean |x - truth|, mean |y - truth| elsewhere."""
+    """-> error of y where x != truth, its ratio to that of x there, error of y elsewhere."""
     error_x, error_y = [(image - truth).abs().mean(dim=1) for image in (x, y)]      # (1, H, W)
     changed = error_x > 0           # exactly: meant for synthetic images such as the toy faces
     inside, elsewhere = error_y[changed].mean(), error_y[~changed].mean()
@@ -745,11 +745,11 @@ def main(argv):
         return translate(argv, args)
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
-        here = {"out_dir": args.resume, "resume": args.resume}      # if the run has been moved,
-        checkpoint["flags"] = checkpoint.get("flags", {}) | here    # restore must not see a change
+        here = {"out_dir": args.resume, "resume": args.resume}      # its folder now, if moved
+        checkpoint["flags"] = checkpoint.get("flags", {}) | here    # restore compares with these
         args = get_args(argv, checkpoint["flags"])      # the run's flags, overridden by argv
     train(args, checkpoint)
-    return 128 + stop_signals[0] if stop_signals else 0
+    return 128 + stop_signals[0] if stop_signals else 0      # 128 + signal: the shell's convention
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, request_stop)
