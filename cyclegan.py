@@ -17,7 +17,7 @@ No pairs are needed: an image that is translated and then translated back should
                      └──> D_A: real or fake?
 
 Places to change: GENERATORS, GAN_LOSSES, generator_loss, train_step (a gradient penalty needs
---no-compile). EMA: copies of both G that train updates, adds to `parts`, passes as `generators`.
+--no-compile). EMA of G: in train, keep a copy of each; put both in `parts` and in `generators`.
 """
 import argparse
 import csv
@@ -203,8 +203,7 @@ def ignore_signals(_):
 
 def load_batches(data, start_step, total_steps, runtime):
     """Yields step, real_A, real_B: (N, 3, size, size) in [-1, 1]. For runtime, see section 8."""
-    per_step = runtime.pairs_per_step           # over all processes
-    items = range(start_step * per_step, total_steps * per_step)    # those still to come
+    items = range(start_step * runtime.pairs_per_step, total_steps * runtime.pairs_per_step)
     loader = torch.utils.data.DataLoader(       # process r takes items r, r + world_size, ...
         data, data.args.batch_size, sampler=items[runtime.rank::runtime.world_size],
         num_workers=data.args.workers, worker_init_fn=ignore_signals, pin_memory=runtime.is_cuda)
@@ -217,7 +216,7 @@ def load_batches(data, start_step, total_steps, runtime):
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # autocast would use float32, not bf16
+        with torch.autocast(x.device.type, enabled=False):  # stays in bf16; autocast: float32, slow
             return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients in torch 2.15
 
 def upsample(n_in, n_out, args, kernel_size=3):
@@ -343,7 +342,7 @@ def ghm(scores, targets):
 GAN_LOSSES = {                          # (loss of D, loss of G), each called on (scores, targets)
     "lsgan": (F.mse_loss, F.mse_loss),  # §4, Mao et al. 2017: has a gradient even where D is sure
     "bce": (bce, bce),                  # cross-entropy: Eq. 1, with the non-saturating loss for G
-    "focal": (partial(ops.sigmoid_focal_loss, alpha=-1, reduction="mean"), bce),    # -1: no alpha
+    "focal": (partial(ops.sigmoid_focal_loss, alpha=-1, reduction="mean"), bce),    # -1: unweighted
     "ghm": (ghm, bce)}                  # focal, ghm: weight patches by difficulty, for D only
 
 class CycleGAN(nn.Module):
@@ -433,12 +432,12 @@ class Runtime:
             self.device = torch.zeros(1, device=name).device
         except Exception:               # each kind of device raises its own
             die(f"--device {name} is not available; try --device cpu")
-        self.is_cuda = self.device.type == "cuda"       # has_bf16: ask the CPU, then the GPU if any
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+        self.is_cuda = self.device.type == "cuda"
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # the CPU
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # the GPU
         use_bf16 = args.amp == "bf16" or args.amp == "auto" and has_bf16
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=use_bf16)
         if self.world_size > 1 and not dist.is_initialized():   # --demo makes three Runtimes
@@ -485,7 +484,7 @@ def save_samples(step, generators, runtime, data):
     """Writes a grid of the first six items. Rows: real A, fake B, rec A, real B, fake A, rec B."""
     batch = torch.utils.data.default_collate([data[n] for n in range(6)])
     real_A, real_B = map(runtime.to_float, batch)
-    G_AB, G_BA = [G.forward for G in generators.values()]   # .forward: no recompilation for N = 6
+    G_AB, G_BA = [G.forward for G in generators.values()]   # not compiled: N = 6 would recompile
     with runtime.autocast():
         fake_B, fake_A = G_AB(real_A), G_BA(real_B)
         grid = [real_A, fake_B, G_BA(fake_B), real_B, fake_A, G_AB(fake_A)]
@@ -577,7 +576,7 @@ def train(args, checkpoint=None):
         terms = train_step(model, optimizers, pools, runtime, real_A, real_B, step)
         sums.update(terms)
 
-        is_stopping = any(runtime.mean([len(stop_signals)]))            # in any process
+        is_stopping = runtime.mean([len(stop_signals)])[0] > 0          # a signal in any process
         is_last = is_stopping or step == total_steps
         is_saving = is_last or step % args.save_every == 0
         is_logging = is_saving or step % args.log_every == 0    # checks the weights before saving
@@ -623,10 +622,10 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, n_steps_left):
-    """Fills parts and pools -> log. Refuses changed fixed flags; without steps left, any change."""
+    """Fills parts, pools -> log. Dies if a flag changed that is fixed or has no steps to act on."""
     fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
-        if getattr(args, name) != value and (name in fixed or n_steps_left <= 0):   # 0: no effect
+        if getattr(args, name) != value and (name in fixed or n_steps_left <= 0):
             die(f"--{name} was {value}: cannot be changed now; start a run in another --out_dir")
     try:
         for name in {*checkpoint["parts"], *parts}:         # a name in only one: KeyError
@@ -645,7 +644,7 @@ def load_generators(path, argv=()):
     args = get_args(argv, checkpoint.get("flags", {}))      # argv, else run's flags, else defaults
     generators = {}
     try:
-        if "generators" not in checkpoint:      # other code's: same order, other names; no buffers
+        if "generators" not in checkpoint:      # other code's: match weights by order, not by name
             weights = [w for key, w in checkpoint.items() if str(key).endswith(("weight", "bias"))]
             own = GENERATORS[args.generator](args).state_dict()
             checkpoint["generators"] = {"G_AB": dict(zip(own, weights, strict=True))}
@@ -663,11 +662,12 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):       # input, output, and what the output should be
-    """-> error of y where x != truth, its ratio to that of x there, error of y elsewhere."""
+    """-> mean errors of y inside the region to change, and elsewhere; share: inside / that of x."""
     error_x, error_y = [(image - truth).abs().mean(dim=1) for image in (x, y)]      # (1, H, W)
     changed = error_x > 0           # exactly: meant for synthetic images such as the toy faces
     inside, elsewhere = error_y[changed].mean(), error_y[~changed].mean()
-    return inside, inside / error_x[changed].mean(), elsewhere
+    share = inside / error_x[changed].mean()
+    return inside, share, elsewhere
 
 @torch.no_grad()
 def translate(argv, args):
@@ -714,15 +714,15 @@ def translate(argv, args):
 # ---- 12. Main ------------------------------------------------------------------------------------
 DEMO = ["--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 --generator unet "
         "--ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off "
-        "--no-compile --out_dir {run}",
+        "--no-compile --out_dir {run}",                                         # 1. train
         "--checkpoint {run}/generators.pt --direction AtoB --input files/toy/black_test "
-        "--truth files/toy/blond_test --output {run}/blond --overwrite",
+        "--truth files/toy/blond_test --output {run}/blond --overwrite",  # 2. translate A to B
         "--checkpoint {run}/generators.pt --direction BtoA --input files/toy/blond_test "
-        "--truth files/toy/black_test --output {run}/black --overwrite"]
+        "--truth files/toy/black_test --output {run}/black --overwrite"]  # 3. translate B to A
 
 def demo(argv, args):
     """Draws toy faces, then runs the three commands of DEMO, each followed by your other flags."""
-    from prepare_celeba import toy_faces
+    from prepare_celeba import toy_faces        # a second script, needed only for --demo
     toy_faces("files/toy", n=400, n_test=50)
     run = args.out_dir or "runs/demo"
     commands = [command.format(run=shlex.quote(run)) for command in DEMO]
