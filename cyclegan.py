@@ -17,7 +17,7 @@ No pairs are needed: an image that is translated and then translated back should
                      └──> D_A: real or fake?
 
 Places to change: GENERATORS, GAN_LOSSES, generator_loss, train_step (a gradient penalty needs
---no-compile). EMA of G: in train, keep a copy of each; put both in `parts` and in `generators`.
+--no-compile). EMA of G: in train, copy each; add the copies to `parts`, use them in `generators`.
 """
 import argparse
 import csv
@@ -189,7 +189,7 @@ class UnpairedImages:
         for k in range(n, n + 100):             # k = n, unless that file cannot be read
             lap, i = divmod(k, len(paths))      # each lap shows all images, in a new order
             rng = np.random.default_rng((self.args.seed, lap, ord(domain)))
-            path = paths[rng.permutation(len(paths))[i]]    # redrawn per item: nothing to remember
+            path = paths[rng.permutation(len(paths))[i]]    # same for all n of a lap: no state
             image = read_image(path)
             if image is not None:
                 seed_torch(self.args.seed, n, domain)
@@ -216,8 +216,8 @@ def load_batches(data, start_step, total_steps, runtime):
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
-        with torch.autocast(x.device.type, enabled=False):  # stays in bf16; autocast: float32, slow
-            return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients in torch 2.15
+        with torch.autocast(x.device.type, enabled=False):  # autocast would use float32: slow
+            return F.group_norm(x, x.shape[1])  # instance_norm: CPU gradients wrong in torch 2.15
 
 def upsample(n_in, n_out, args, kernel_size=3):
     """(N, n_in, H, W) -> (N, n_out, 2H, 2W), by a transposed convolution in the paper (§7.2)."""
@@ -288,7 +288,7 @@ GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 
 # ---- 4. Discriminator ----------------------------------------------------------------------------
 # One score per 70x70 patch (§4) is enough: it checks texture and color; the cycle keeps the layout.
-# Why 70: n outputs of a layer see (n - 1) * stride + 4 inputs; last to first: 4, 7, 16, 34, 70.
+# Why 70: n outputs of a layer see (n - 1) * stride + 4 inputs; back from 1 score: 4, 7, 16, 34, 70.
 class PatchDiscriminator(CompilableSequential):
     """The 70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores; a sigmoid is up to the loss."""
     def __init__(self, args):
@@ -579,8 +579,8 @@ def train(args, checkpoint=None):
         is_stopping = runtime.mean([len(stop_signals)])[0] > 0          # a signal in any process
         is_last = is_stopping or step == total_steps
         is_saving = is_last or step % args.save_every == 0
-        is_logging = is_saving or step % args.log_every == 0    # checks the weights before saving
-        if is_logging:
+        is_logging = is_saving or step % args.log_every == 0
+        if is_logging:              # also before every save: broken weights are never saved
             if not all(p.isfinite().all() for p in model.parameters()):
                 die(f"step {step}: weights not finite; --resume with --amp off or a lower --lr")
             n_steps = sums.pop("steps")
@@ -622,7 +622,7 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, n_steps_left):
-    """Fills parts, pools -> log. Dies if a flag changed that is fixed or has no steps to act on."""
+    """Fills parts, pools -> log. Dies if a fixed flag changed, or, with no steps left, any flag."""
     fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
         if getattr(args, name) != value and (name in fixed or n_steps_left <= 0):
@@ -661,20 +661,20 @@ def translate_any(G, x):
     x = F.pad(x, (0, -w % G.size_multiple, 0, -h % G.size_multiple), mode="replicate")
     return G(x)[..., :h, :w]
 
-def compare(x, y, truth):       # input, output, and what the output should be
-    """-> mean errors of y inside the region to change, and elsewhere; share: inside / that of x."""
+def compare(x, y, truth):
+    """-> inside, share, elsewhere: the mean error of output y where input x differs from the truth,
+    the same divided by the error of x, and the mean error of y everywhere else."""
     error_x, error_y = [(image - truth).abs().mean(dim=1) for image in (x, y)]      # (1, H, W)
     changed = error_x > 0           # exactly: meant for synthetic images such as the toy faces
     inside, elsewhere = error_y[changed].mean(), error_y[~changed].mean()
-    share = inside / error_x[changed].mean()
-    return inside, share, elsewhere
+    return inside, inside / error_x[changed].mean(), elsewhere
 
 @torch.no_grad()
 def translate(argv, args):
     """Translates --input into --output. Returns the exit status: 1 if an image was unreadable."""
     if None in (args.checkpoint, args.input, args.output):
         die("translating needs --checkpoint, --input and --output")
-    generators, args = load_generators(args.checkpoint, argv)   # args anew: argv over run's flags
+    generators, args = load_generators(args.checkpoint, argv)  # argv again, over the run's flags
     runtime = Runtime(args)
     networks = [G.to(runtime.device) for G in generators.values()]
     if args.round_trip and len(networks) == 1:
@@ -713,12 +713,12 @@ def translate(argv, args):
 
 # ---- 12. Main ------------------------------------------------------------------------------------
 DEMO = ["--dataA files/toy/black --dataB files/toy/blond --size 64 --load_size 68 --generator unet "
-        "--ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off "
-        "--no-compile --out_dir {run}",                                         # 1. train
+            "--ngf 16 --ndf 16 --batch_size 4 --lr 1e-3 --epochs 8 --epochs_decay 16 --amp off "
+            "--no-compile --out_dir {run}",                                     # 1. train
         "--checkpoint {run}/generators.pt --direction AtoB --input files/toy/black_test "
-        "--truth files/toy/blond_test --output {run}/blond --overwrite",  # 2. translate A to B
+            "--truth files/toy/blond_test --output {run}/blond --overwrite",    # 2. A to B
         "--checkpoint {run}/generators.pt --direction BtoA --input files/toy/blond_test "
-        "--truth files/toy/black_test --output {run}/black --overwrite"]  # 3. translate B to A
+            "--truth files/toy/black_test --output {run}/black --overwrite"]    # 3. B to A
 
 def demo(argv, args):
     """Draws toy faces, then runs the three commands of DEMO, each followed by your other flags."""

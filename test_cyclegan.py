@@ -611,7 +611,7 @@ def test_red_squares_become_blue(data):
     write_images("red", 30, (230, 30, 30), size=(32, 32), seed=1)
     write_images("blue", 30, (30, 30, 230), size=(32, 32), seed=2)
     run(f"{SMALL} --dataA red --dataB blue --out_dir run --load_size 32 --ngf 8 --ndf 4 --amp off "
-        "--upsample nearest --batch_size 2 --lr 4e-3 --epochs_decay 0 --max_steps 60")
+        "--upsample nearest --batch_size 2 --lr 4e-3 --epochs_decay 0 --max_steps 50")
     run("--checkpoint run/generators.pt --input red --output out --device cpu")
     for i in range(4):
         before = np.array(Image.open(f"red/{i:03}.png"), dtype=int)
