@@ -16,8 +16,8 @@ No pairs are needed: an image that is translated and then translated back should
   real_B ──G_BA──> fake_A ──G_AB──> rec_B ≈ real_B
                      └──> D_A: real or fake?
 
-Places to change: GENERATORS, GAN_LOSSES, generator_loss, train_step (a gradient penalty needs
---no-compile). EMA of G: in train, copy each; add the copies to `parts`, use them in `generators`.
+Where to edit: GENERATORS, GAN_LOSSES, generator_loss, train_step (gradient penalty: --no-compile).
+EMA of G: in train, copy each into `parts` and `generators`; after train_step, update the copies.
 """
 import argparse
 import csv
@@ -49,7 +49,7 @@ def die(message):
 
 # ---- 1. Flags ------------------------------------------------------------------------------------
 def get_args(argv=None, stored={}):
-    """-> Namespace of all flags: argv, over `stored` (those of a checkpoint), over the defaults."""
+    """-> Namespace of all flags: argv beats `stored` (a checkpoint's), which beats the defaults."""
     parser = argparse.ArgumentParser(
         usage="python cyclegan.py [flags]", description=__doc__.partition("\nTwo generators")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
@@ -60,7 +60,7 @@ def get_args(argv=None, stored={}):
         if isinstance(default, bool):
             kw["action"] = argparse.BooleanOptionalAction
         else:
-            kw["type"] = path if default is None else type(default)     # None: a path
+            kw["type"] = path if default is None else type(default)     # all None flags are paths
         group.add_argument(f"--{name}", default=default, help=f"{help} (default: {default})", **kw)
     group = parser.add_argument_group("run")
     add("mode", "train", "translate is implied by --checkpoint", choices=["train", "translate"])
@@ -135,7 +135,8 @@ def find_images(tops, output):
     for top in map(Path, tops):
         if Path(output).is_relative_to(top):
             die(f"{output} is in {top}: outputs would mix with inputs; choose another folder")
-        files = [path for path in sorted(top.rglob("[!.]*")) if path.is_file()]   # no hidden files
+        files = [path for path in sorted(top.rglob("*"))            # neither folders nor hidden
+                 if path.is_file() and "/." not in f"/{path.relative_to(top).as_posix()}"]
         found = [path for path in files if path.suffix.lower() in datasets.folder.IMG_EXTENSIONS]
         if len(found) < len(files):
             print(f"{top}: skipped {len(files) - len(found)} files of other types")
@@ -172,7 +173,7 @@ def seed_torch(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 class UnpairedImages:
-    """Item n: the n-th pair since step 0, over all epochs. Depends on (seed, n) only; no length."""
+    """Item n: the n-th pair since step 0, over all epochs. From (seed, n) only; no __len__."""
     def __init__(self, args):
         if None in (args.dataA, args.dataB):
             die("training needs --dataA and --dataB; see --help, or try --demo")
@@ -189,7 +190,7 @@ class UnpairedImages:
         for k in range(n, n + 100):             # k = n, unless that file cannot be read
             lap, i = divmod(k, len(paths))      # each lap shows all images, in a new order
             rng = np.random.default_rng((self.args.seed, lap, ord(domain)))
-            path = paths[rng.permutation(len(paths))[i]]    # same for all n of a lap: no state
+            path = paths[rng.permutation(len(paths))[i]]    # redrawn per item: nothing to save
             image = read_image(path)
             if image is not None:
                 seed_torch(self.args.seed, n, domain)
@@ -211,13 +212,13 @@ def load_batches(data, start_step, total_steps, runtime):
         yield step, *map(runtime.to_float, batch)
 
 # ---- 3. Generators -------------------------------------------------------------------------------
-# (N, 3, H, W) in [-1, 1] -> same, fully convolutional. The paper chose reflection padding, since a
+# (N, 3, H, W) in [-1, 1] -> same, fully convolutional. The paper pads by reflection at stride 1: a
 # border of zeros would show; instance norm, to ignore the contrast of an image; tanh for [-1, 1].
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):  # autocast would use float32: slow
-            return F.group_norm(x, x.shape[1])  # instance_norm: CPU gradients wrong in torch 2.15
+            return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients, torch 2.15
 
 def upsample(n_in, n_out, args, kernel_size=3):
     """(N, n_in, H, W) -> (N, n_out, 2H, 2W), by a transposed convolution in the paper (§7.2)."""
@@ -288,7 +289,7 @@ GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 
 # ---- 4. Discriminator ----------------------------------------------------------------------------
 # One score per 70x70 patch (§4) is enough: it checks texture and color; the cycle keeps the layout.
-# Why 70: n outputs of a layer see (n - 1) * stride + 4 inputs; back from 1 score: 4, 7, 16, 34, 70.
+# Why 70: n outputs of a 4x4 conv see (n - 1) * stride + 4 inputs: from the end 4, 7, 16, 34, 70.
 class PatchDiscriminator(CompilableSequential):
     """The 70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores; a sigmoid is up to the loss."""
     def __init__(self, args):
@@ -315,7 +316,7 @@ def query_pool(pool, size, fakes):
     result = []
     for fake in fakes:
         if len(pool) < size:
-            pool.append(fake.clone())
+            pool.append(fake.clone())       # a view would keep its whole batch in memory
         elif size > 0 and torch.rand(()) < 0.5:
             k = int(torch.randint(size, ()))
             fake, pool[k] = pool[k].to(fake), fake.clone()      # swap; a loaded pool is on the CPU
@@ -433,14 +434,14 @@ class Runtime:
         except Exception:               # each kind of device raises its own
             die(f"--device {name} is not available; try --device cpu")
         self.is_cuda = self.device.type == "cuda"
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # the CPU
+        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # on a CPU
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # the GPU
+            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # on a GPU instead
         use_bf16 = args.amp == "bf16" or args.amp == "auto" and has_bf16
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=use_bf16)
-        if self.world_size > 1 and not dist.is_initialized():   # --demo makes three Runtimes
+        if self.world_size > 1 and not dist.is_initialized():   # --demo calls main three times
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
 
     def to_float(self, images):         # uint8 -> [-1, 1], on the device
@@ -506,7 +507,7 @@ def write_log(path, rows):
     print(f"{step:7}", *[f"{value:7.3g}" for value in values], flush=True)
 
 def save_checkpoint(args, generators, parts, **history):
-    """Writes latest.pt (parts: networks, optimizers; history: pools, log) and generators.pt."""
+    """Writes latest.pt (to resume: also `parts`, `history`) and generators.pt (to translate)."""
     shared = {"flags": vars(args),
               "generators": {name: G.state_dict() for name, G in generators.items()}}
     states = {name: part.state_dict() for name, part in parts.items()}
@@ -556,7 +557,7 @@ def train(args, checkpoint=None):
     if checkpoint is None:
         make_out_dir(args, model)
     else:                                   # restore fills parts and pools, and returns the log
-        start_step = checkpoint["pairs_seen"] // runtime.pairs_per_step
+        start_step = checkpoint["pairs_seen"] // runtime.pairs_per_step  # batch size may be new
         rows = restore(args, checkpoint, parts, pools, n_images, total_steps - start_step)
     if runtime.mean(n_images) != n_images:      # not the same in all processes
         die(f"this process found {n_images} images of A and B, others found more or fewer")
@@ -622,7 +623,7 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, n_steps_left):
-    """Fills parts, pools -> log. Dies if a fixed flag changed, or, with no steps left, any flag."""
+    """Fills parts, pools -> log. Dies if a changed flag is fixed or has no steps left to act on."""
     fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
     for name, value in checkpoint["flags"].items():
         if getattr(args, name) != value and (name in fixed or n_steps_left <= 0):
@@ -662,19 +663,14 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):
-    """-> inside, share, elsewhere: the mean error of output y where input x differs from the truth,
-    the same divided by the error of x, and the mean error of y everywhere else."""
+    """-> mean errors: of output y and of input x where x differs from the truth; of y elsewhere."""
     error_x, error_y = [(image - truth).abs().mean(dim=1) for image in (x, y)]      # (1, H, W)
     changed = error_x > 0           # exactly: meant for synthetic images such as the toy faces
-    inside, elsewhere = error_y[changed].mean(), error_y[~changed].mean()
-    return inside, inside / error_x[changed].mean(), elsewhere
+    return error_y[changed].mean(), error_x[changed].mean(), error_y[~changed].mean()
 
 @torch.no_grad()
-def translate(argv, args):
+def translate(args, generators):
     """Translates --input into --output. Returns the exit status: 1 if an image was unreadable."""
-    if None in (args.checkpoint, args.input, args.output):
-        die("translating needs --checkpoint, --input and --output")
-    generators, args = load_generators(args.checkpoint, argv)  # argv again, over the run's flags
     runtime = Runtime(args)
     networks = [G.to(runtime.device) for G in generators.values()]
     if args.round_trip and len(networks) == 1:
@@ -697,7 +693,7 @@ def translate(argv, args):
             continue
         x = runtime.to_float(preprocess(image, args))[None]
         y = translate_any(networks[0], x)
-        write_file(f"{args.output}/{name}.png", write_png, y)
+        write_file(f"{args.output}/{name}.png", write_png, y)       # a grid of one image: no border
         if args.round_trip:
             write_file(f"{args.output}/{name}_back.png", write_png, translate_any(networks[1], y))
         truth = read_image(truths[name]) if name in truths else None
@@ -706,9 +702,10 @@ def translate(argv, args):
         n_translated += 1
     print(f"translated {n_translated} of {len(images)} images into {args.output}")
     if errors:
-        inside, share, elsewhere = torch.tensor(errors).nanmean(dim=0)     # nan: nothing to change
-        print(f"inside the changed region: error {inside:.3f} ({share:.1%} of leaving it "
-              f"unchanged); elsewhere: error {elsewhere:.3f} (images in [-1, 1])")
+        inside, unchanged, elsewhere = torch.tensor(errors).T       # nan: mean of no pixels
+        share = (inside / unchanged).nanmean()
+        print(f"inside the changed region: error {inside.nanmean():.3f} ({share:.1%} of leaving it "
+              f"unchanged); elsewhere: error {elsewhere.nanmean():.3f} (images in [-1, 1])")
     return n_translated < len(images)
 
 # ---- 12. Main ------------------------------------------------------------------------------------
@@ -742,11 +739,14 @@ def main(argv):
     if args.demo:
         return demo(argv, args)
     if args.mode == "translate" or args.checkpoint:
-        return translate(argv, args)
+        if None in (args.checkpoint, args.input, args.output):
+            die("translating needs --checkpoint, --input and --output")
+        generators, args = load_generators(args.checkpoint, argv)
+        return translate(args, generators)
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
-        here = {"out_dir": args.resume, "resume": args.resume}      # its folder now, if moved
-        checkpoint["flags"] = checkpoint.get("flags", {}) | here    # restore compares with these
+        here = {"out_dir": args.resume, "resume": args.resume}      # the folder may have moved
+        checkpoint["flags"] = checkpoint.get("flags", {}) | here    # so restore sees no change
         args = get_args(argv, checkpoint["flags"])      # the run's flags, overridden by argv
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0      # 128 + signal: the shell's convention

@@ -295,7 +295,7 @@ def levels_apart(image, other):
 
 def test_images_are_found_in_all_folders_but_hidden_files_are_not(tmp_path, capsys):
     images = {"A B.JPG": "A B", "sub/x.y.webp": "sub/x.y", "ü [1]/☃.tiff": "ü [1]/☃"}
-    for name in [*images, ".z.png", "notes.txt"]:
+    for name in [*images, ".z.png", ".h/z.png", "notes.txt"]:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.touch()
