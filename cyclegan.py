@@ -11,13 +11,13 @@ CycleGAN in one file: learns to translate between two kinds of images from two u
 Two generators translate, one in each direction; two discriminators tell real images from fakes.
 No pairs are needed: an image that is translated and then translated back should be unchanged.
 
-  real_A ──G_AB──> fake_B ──G_BA──> rec_A ≈ real_A    in the paper: G_AB = G, G_BA = F,
-                     └──> D_B: real or fake?                        D_B = D_Y, D_A = D_X
+  real_A ──G_AB──> fake_B ──G_BA──> rec_A ≈ real_A
+                     └──> D_B: real or fake?
   real_B ──G_BA──> fake_A ──G_AB──> rec_B ≈ real_B
-                     └──> D_A: real or fake?
+                     └──> D_A: real or fake?    (paper: G_AB, G_BA, D_A, D_B = G, F, D_X, D_Y)
 
-Where to edit: GENERATORS, GAN_LOSSES, generator_loss, train_step (gradient penalty: --no-compile).
-EMA of G: in train, copy each into `parts` and `generators`; after train_step, update the copies.
+Where to edit: GENERATORS, GAN_LOSSES, generator_loss, train_step (a gradient penalty needs second
+derivatives, hence --no-compile); for an EMA of G: `generators` and `parts`, at the top of train.
 """
 import argparse
 import csv
@@ -54,6 +54,7 @@ def get_args(argv=None, stored={}):
         usage="python cyclegan.py [flags]", description=__doc__.partition("\nTwo generators")[0],
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error = die
+    group = parser.add_argument_group("run")
     def path(text):                             # absolute: a run can be resumed from anywhere
         return os.path.abspath(os.path.expanduser(text))
     def add(name, default, help, **kw):         # adds a flag to the current `group`
@@ -62,7 +63,6 @@ def get_args(argv=None, stored={}):
         else:
             kw["type"] = path if default is None else type(default)     # all None flags are paths
         group.add_argument(f"--{name}", default=default, help=f"{help} (default: {default})", **kw)
-    group = parser.add_argument_group("run")
     add("mode", "train", "translate is implied by --checkpoint", choices=["train", "translate"])
     add("demo", False, "train on synthetic toy faces, print the error on unseen ones")
     add("out_dir", None, "folder of the run; None means runs/<A>2<B>")
@@ -173,7 +173,7 @@ def seed_torch(*key):
     torch.manual_seed(zlib.crc32(repr(key).encode()))
 
 class UnpairedImages:
-    """Item n: the n-th pair since step 0, over all epochs. From (seed, n) only; no __len__."""
+    """Item n: the n-th pair since step 0, over all epochs. Depends on (seed, n) only."""
     def __init__(self, args):
         if None in (args.dataA, args.dataB):
             die("training needs --dataA and --dataB; see --help, or try --demo")
@@ -190,7 +190,7 @@ class UnpairedImages:
         for k in range(n, n + 100):             # k = n, unless that file cannot be read
             lap, i = divmod(k, len(paths))      # each lap shows all images, in a new order
             rng = np.random.default_rng((self.args.seed, lap, ord(domain)))
-            path = paths[rng.permutation(len(paths))[i]]    # redrawn per item: nothing to save
+            path = paths[rng.permutation(len(paths))[i]]    # recomputed per item: no state to save
             image = read_image(path)
             if image is not None:
                 seed_torch(self.args.seed, n, domain)
@@ -212,8 +212,8 @@ def load_batches(data, start_step, total_steps, runtime):
         yield step, *map(runtime.to_float, batch)
 
 # ---- 3. Generators -------------------------------------------------------------------------------
-# (N, 3, H, W) in [-1, 1] -> same, fully convolutional. The paper pads by reflection at stride 1: a
-# border of zeros would show; instance norm, to ignore the contrast of an image; tanh for [-1, 1].
+# (N, 3, H, W) in [-1, 1] -> same, fully convolutional. As in the paper: reflection padding at
+# stride 1 (zeros would show as a border), instance norm (ignores contrast), tanh (for [-1, 1]).
 class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
@@ -228,7 +228,7 @@ def upsample(n_in, n_out, args, kernel_size=3):
                               output_padding=kernel_size % 2)       # doubles the size exactly
 
 class CompilableSequential(nn.Sequential):
-    """Has a forward of its own, because torch 2.11 does not compile that of nn.Sequential."""
+    """Has a forward of its own: torch up to 2.11 does not compile that of nn.Sequential."""
     def forward(self, x):
         return super().forward(x)
 
@@ -289,7 +289,7 @@ GENERATORS = {"resnet": ResNetGenerator, "unet": UNetGenerator}
 
 # ---- 4. Discriminator ----------------------------------------------------------------------------
 # One score per 70x70 patch (§4) is enough: it checks texture and color; the cycle keeps the layout.
-# Why 70: n outputs of a 4x4 conv see (n - 1) * stride + 4 inputs: from the end 4, 7, 16, 34, 70.
+# Why 70: n outputs of a 4x4 conv see (n-1)*stride + 4 inputs. Last layer first: 4, 7, 16, 34, 70.
 class PatchDiscriminator(CompilableSequential):
     """The 70x70 PatchGAN (§7.2), 2,764,737 parameters. Raw scores; a sigmoid is up to the loss."""
     def __init__(self, args):
@@ -434,12 +434,12 @@ class Runtime:
         except Exception:               # each kind of device raises its own
             die(f"--device {name} is not available; try --device cpu")
         self.is_cuda = self.device.type == "cuda"
-        has_bf16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # on a CPU
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
-            has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)  # on a GPU instead
-        use_bf16 = args.amp == "bf16" or args.amp == "auto" and has_bf16
+        cpu_has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private
+        gpu_has = self.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        use_bf16 = args.amp == "bf16" or args.amp == "auto" and (gpu_has if self.is_cuda else cpu_has)
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=use_bf16)
         if self.world_size > 1 and not dist.is_initialized():   # --demo calls main three times
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
@@ -506,12 +506,12 @@ def write_log(path, rows):
     step, *values = rows[-1].values()
     print(f"{step:7}", *[f"{value:7.3g}" for value in values], flush=True)
 
-def save_checkpoint(args, generators, parts, **history):
-    """Writes latest.pt (to resume: also `parts`, `history`) and generators.pt (to translate)."""
+def save_checkpoint(args, generators, parts, **extra):
+    """Writes latest.pt (to resume: also `parts`, `extra`) and generators.pt (to translate)."""
     shared = {"flags": vars(args),
               "generators": {name: G.state_dict() for name, G in generators.items()}}
     states = {name: part.state_dict() for name, part in parts.items()}
-    write_file(f"{args.out_dir}/latest.pt", torch.save, shared | {"parts": states} | history)
+    write_file(f"{args.out_dir}/latest.pt", torch.save, shared | {"parts": states} | extra)
     write_file(f"{args.out_dir}/generators.pt", torch.save, shared)
 
 def load_checkpoint(path):
@@ -548,8 +548,8 @@ def train(args, checkpoint=None):
     runtime, data = Runtime(args), UnpairedImages(args)
     model = CycleGAN(args).to(runtime.device)
     optimizers = make_optimizers(model, args)
-    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}       # to sample and export
-    parts = model.networks | optimizers     # the state that --resume loads
+    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}   # to sample, export; EMA: copies instead
+    parts = model.networks | optimizers     # what --resume loads; EMA: add the copies by a new name
     pools, rows, start_step = {"A": [], "B": []}, [], 0
     n_images = [len(data.paths_A), len(data.paths_B)]
     steps_per_epoch = math.ceil(max(n_images) / runtime.pairs_per_step)
@@ -623,8 +623,8 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, n_steps_left):
-    """Fills parts, pools -> log. Dies if a changed flag is fixed or has no steps left to act on."""
-    fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()
+    """Fills parts, pools -> log. Dies if a fixed flag changed, or, with no steps left, any flag."""
+    fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()  # Adam stores beta1
     for name, value in checkpoint["flags"].items():
         if getattr(args, name) != value and (name in fixed or n_steps_left <= 0):
             die(f"--{name} was {value}: cannot be changed now; start a run in another --out_dir")
@@ -663,7 +663,7 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):
-    """-> mean errors: of output y and of input x where x differs from the truth; of y elsewhere."""
+    """-> mean error in the region to change, after and before (y, x); mean error of y elsewhere."""
     error_x, error_y = [(image - truth).abs().mean(dim=1) for image in (x, y)]      # (1, H, W)
     changed = error_x > 0           # exactly: meant for synthetic images such as the toy faces
     return error_y[changed].mean(), error_x[changed].mean(), error_y[~changed].mean()
@@ -702,9 +702,9 @@ def translate(args, generators):
         n_translated += 1
     print(f"translated {n_translated} of {len(images)} images into {args.output}")
     if errors:
-        inside, unchanged, elsewhere = torch.tensor(errors).T       # nan: mean of no pixels
-        share = (inside / unchanged).nanmean()
-        print(f"inside the changed region: error {inside.nanmean():.3f} ({share:.1%} of leaving it "
+        after, before, elsewhere = torch.tensor(errors).T       # nan: mean of no pixels
+        share = (after / before).nanmean()
+        print(f"inside the changed region: error {after.nanmean():.3f} ({share:.1%} of leaving it "
               f"unchanged); elsewhere: error {elsewhere.nanmean():.3f} (images in [-1, 1])")
     return n_translated < len(images)
 
@@ -746,7 +746,7 @@ def main(argv):
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
         here = {"out_dir": args.resume, "resume": args.resume}      # the folder may have moved
-        checkpoint["flags"] = checkpoint.get("flags", {}) | here    # so restore sees no change
+        checkpoint["flags"] = checkpoint.get("flags", {}) | here    # or restore refuses the new one
         args = get_args(argv, checkpoint["flags"])      # the run's flags, overridden by argv
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0      # 128 + signal: the shell's convention
