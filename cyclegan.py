@@ -437,9 +437,9 @@ class Runtime:
         if self.is_cuda:
             torch.cuda.set_device(self.device)
             torch.backends.cudnn.benchmark = True       # tries all algorithms once per size
-        cpu_has = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private
-        gpu_has = self.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
-        use_bf16 = args.amp == "bf16" or args.amp == "auto" and (gpu_has if self.is_cuda else cpu_has)
+        cpu_ok = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()     # private
+        gpu_ok = self.is_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
+        use_bf16 = args.amp == "bf16" or args.amp == "auto" and (gpu_ok if self.is_cuda else cpu_ok)
         self.autocast = partial(torch.autocast, self.device.type, torch.bfloat16, enabled=use_bf16)
         if self.world_size > 1 and not dist.is_initialized():   # --demo calls main three times
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_cuda else "gloo")
