@@ -16,8 +16,8 @@ No pairs are needed: an image that is translated and then translated back should
   real_B ──G_BA──> fake_A ──G_AB──> rec_B ≈ real_B
                      └──> D_A: real or fake?    (paper: G_AB, G_BA, D_A, D_B = G, F, D_X, D_Y)
 
-Where to edit: GENERATORS, GAN_LOSSES, generator_loss, train_step (a gradient penalty needs second
-derivatives, hence --no-compile); for an EMA of G: `generators` and `parts`, at the top of train.
+Where to edit: GENERATORS, GAN_LOSSES, generator_loss, train_step, and `generators` in train (EMA).
+A gradient penalty also needs --no-compile: torch.compile cannot differentiate a gradient again.
 """
 import argparse
 import csv
@@ -218,7 +218,7 @@ class InstanceNorm(nn.Module):
     """A group norm with one channel per group: mean 0, variance 1. (N, C, H, W) -> same."""
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):  # autocast would use float32: slow
-            return F.group_norm(x, x.shape[1])  # F.instance_norm: wrong CPU gradients, torch 2.15
+            return F.group_norm(x, x.shape[1])  # not F.instance_norm: its CPU gradients are wrong
 
 def upsample(n_in, n_out, args, kernel_size=3):
     """(N, n_in, H, W) -> (N, n_out, 2H, 2W), by a transposed convolution in the paper (§7.2)."""
@@ -538,7 +538,7 @@ def make_optimizers(model, args):
     return {"optimizer_G": adam(G), "optimizer_D": adam(D)}
 
 def request_stop(number, _):
-    """Signal handler (print is unsafe in one). A second Ctrl-C ends the program at once."""
+    """Signal handler (where print is unsafe). A second Ctrl-C ends the program at once."""
     stop_signals.append(number)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     os.write(2, b"\nfinishing this step, then saving; press Ctrl-C again to stop without saving\n")
@@ -548,8 +548,8 @@ def train(args, checkpoint=None):
     runtime, data = Runtime(args), UnpairedImages(args)
     model = CycleGAN(args).to(runtime.device)
     optimizers = make_optimizers(model, args)
-    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}   # to sample, export; EMA: copies instead
-    parts = model.networks | optimizers     # what --resume loads; EMA: add the copies by a new name
+    generators = {"G_AB": model.G_AB, "G_BA": model.G_BA}   # to sample and export; EMA: copies here
+    parts = model.networks | optimizers     # saved, resumed; EMA: | {"ema_AB": copy, ...}
     pools, rows, start_step = {"A": [], "B": []}, [], 0
     n_images = [len(data.paths_A), len(data.paths_B)]
     steps_per_epoch = math.ceil(max(n_images) / runtime.pairs_per_step)
@@ -623,11 +623,11 @@ def make_out_dir(args, model):
         die(f"--out_dir: {error}")
 
 def restore(args, checkpoint, parts, pools, n_images, n_steps_left):
-    """Fills parts, pools -> log. Dies if a fixed flag changed, or, with no steps left, any flag."""
-    fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()  # Adam stores beta1
+    """Fills parts, pools -> log. Dies if a fixed flag changed, or any flag of a finished run."""
+    fixed = "generator blocks ngf ndf upsample size beta1 seed out_dir".split()  # Adam loads beta1
     for name, value in checkpoint["flags"].items():
         if getattr(args, name) != value and (name in fixed or n_steps_left <= 0):
-            die(f"--{name} was {value}: cannot be changed now; start a run in another --out_dir")
+            die(f"--{name} was {value}: fixed, or the run is finished; choose another --out_dir")
     try:
         for name in {*checkpoint["parts"], *parts}:         # a name in only one: KeyError
             parts[name].load_state_dict(checkpoint["parts"][name])
@@ -663,7 +663,7 @@ def translate_any(G, x):
     return G(x)[..., :h, :w]
 
 def compare(x, y, truth):
-    """-> mean error in the region to change, after and before (y, x); mean error of y elsewhere."""
+    """-> where truth differs from x: mean error of y, then of x; elsewhere: mean error of y."""
     error_x, error_y = [(image - truth).abs().mean(dim=1) for image in (x, y)]      # (1, H, W)
     changed = error_x > 0           # exactly: meant for synthetic images such as the toy faces
     return error_y[changed].mean(), error_x[changed].mean(), error_y[~changed].mean()
@@ -745,8 +745,8 @@ def main(argv):
         return translate(args, generators)
     if args.resume:
         checkpoint = load_checkpoint(f"{args.resume}/latest.pt")
-        here = {"out_dir": args.resume, "resume": args.resume}      # the folder may have moved
-        checkpoint["flags"] = checkpoint.get("flags", {}) | here    # or restore refuses the new one
+        here = {"out_dir": args.resume, "resume": args.resume}      # the folder may have moved;
+        checkpoint["flags"] = checkpoint.get("flags", {}) | here    # restore compares these to args
         args = get_args(argv, checkpoint["flags"])      # the run's flags, overridden by argv
     train(args, checkpoint)
     return 128 + stop_signals[0] if stop_signals else 0      # 128 + signal: the shell's convention
