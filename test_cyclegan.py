@@ -401,7 +401,7 @@ def test_networks_have_as_many_parameters_as_documented(Network, words, n_parame
     assert f"{n_parameters:,}" in Network.__doc__
 
 @each_generator
-@pytest.mark.parametrize("size", [32, 96, 256])
+@pytest.mark.parametrize("size", [32, 64, 96, 256])
 @torch.no_grad()
 def test_networks_of_any_size_equal_the_textbooks(generator, size):
     model, book = make_pair(f"--generator {generator} --size {size}")
